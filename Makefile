@@ -1,0 +1,66 @@
+# `make help` lists the targets. All that is needed beforehand is Python 3.11 or newer, with pip.
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+PEERS ?=
+PROMPT ?= Tell me a short story about a lighthouse keeper and a whale.
+export PROMPT
+
+PY := $(VENV)/bin/python
+# -q -q: errors only, as pip also warns of each find-links folder that it skips.
+PIP := $(PY) -m pip --disable-pip-version-check -q -q
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test bench lint venv
+.NOTPARALLEL:  # two pips in one environment break it
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s %s\n", $$1, $$2 }' Makefile
+	@echo "  variables: PYTHON=$(PYTHON) VENV=$(VENV) ARGS=\"more arguments\" PROMPT=\"...\" PEERS=1"
+
+demo: $(VENV)/.demo ## stream a story from SmolLM2-135M on the CPU (98 MB, fetched once)
+	@$(PY) scripts/generate.py --model smollm2 --chat --prompt "$$PROMPT" \
+		--max-tokens 200 --temperature 0.7 --seed 7 $(ARGS)
+
+test: $(VENV)/.test ## run the tests; ARGS="-m 'not slow'" leaves out the slow ones
+	$(PY) -m pytest $(ARGS)
+
+bench: $(VENV)/.demo $(if $(PEERS),$(VENV)/.bench) ## measure generation; PEERS=1 installs torch, transformers, llama.cpp
+	$(PY) scripts/bench_generate.py $(ARGS)
+
+lint: $(VENV)/.test ## check with ruff and pyright
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m pyright --pythonpath $(PY)
+
+venv: $(VENV)/.test ## only make the environment: jaxkv, the demo's and the tests' packages
+
+# Each stamp is touched last, so an interrupted install is done again.
+$(VENV)/.made:
+	@command -v $(PYTHON) >/dev/null || { \
+		echo "error: no $(PYTHON) here: install Python 3.11 or newer, or name one with PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("error: jaxkv needs Python 3.11 or newer, and $(PYTHON) is %d.%d: name another with PYTHON=..." % sys.version_info[:2])'
+	@echo "Making $(VENV) with $$($(PYTHON) --version)"
+	@# --clear only what was an environment: VENV may name any folder. Debian's Python has no
+	@# ensurepip; its pip then installs one.
+	@clear=$$(test ! -f $(VENV)/pyvenv.cfg || echo --clear); \
+	$(PYTHON) -m venv $$clear $(VENV) >/dev/null 2>&1 || \
+		{ $(PYTHON) -m venv --without-pip $$clear $(VENV) && \
+		$(PYTHON) -m pip --python $(PY) install -q -q pip; }
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.made pyproject.toml
+	@echo "Installing jaxkv[demo] into $(VENV) (JAX and Flax: about 800 MB, minutes the first time)"
+	@$(PIP) install -e '.[demo]'
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.made pyproject.toml
+	@echo "Installing jaxkv[test] into $(VENV) (JAX, Flax, pytest: about 1.1 GB, minutes the first time)"
+	@$(PIP) install -e '.[test]'
+	@touch $(VENV)/.demo $@
+
+$(VENV)/.bench: $(VENV)/.made pyproject.toml
+	@echo "Installing jaxkv[bench] into $(VENV) (torch: several GB; llama.cpp is compiled: ten minutes)"
+	@$(PIP) install -e '.[bench]'
+	@touch $(VENV)/.demo $@

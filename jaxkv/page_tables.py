@@ -1,0 +1,75 @@
+"""Which logical pages of a sequence are alive, and where their ids stand in its tables.
+
+Logical page `g` holds positions `g * page_size` and on. The first `sink_pages` of them stand in
+the sink table; page `g` after them in slot `g % width` of a ring, so that a windowed sequence of
+any length needs O(window) slots. Entries of pages that are not alive are `NULL_PAGE`.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from jaxkv.allocator import NULL_PAGE
+from jaxkv.config import LayerGroup
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PageTables:
+    """Page ids of every sequence in one layer group."""
+
+    ring: jax.Array  # i32[batch, width]
+    sinks: jax.Array  # i32[batch, sink_pages]
+
+
+def create_tables(group: LayerGroup, batch: int) -> PageTables:
+    """Returns tables that hold nothing."""
+    return PageTables(
+        ring=jnp.full((batch, group.table_width), NULL_PAGE, jnp.int32),
+        sinks=jnp.full((batch, group.sink_pages), NULL_PAGE, jnp.int32),
+    )
+
+
+def first_ring_page(group: LayerGroup, lengths: jax.Array, page_size: int) -> jax.Array:
+    """Oldest logical page, sinks aside, that a query at position `lengths` or later can see."""
+    first = jnp.full_like(lengths, group.sink_pages)
+    if group.spec.window is None:
+        return first
+    behind = jnp.maximum(lengths - (group.spec.window - 1), 0)  # positions nobody will see again
+    return jnp.maximum(first, behind // page_size)
+
+
+def pages_of(tokens: jax.Array, page_size: int) -> jax.Array:
+    """Pages that `tokens` tokens fill or begin, `i32[...]`."""
+    return -(-tokens // page_size)
+
+
+def look_up(tables: PageTables, logical: jax.Array) -> jax.Array:
+    """Page ids of `logical`, `i32[batch, n]`; the caller masks pages that are not alive."""
+    ring = jnp.take_along_axis(tables.ring, logical % tables.ring.shape[1], axis=1)
+    sink_pages = tables.sinks.shape[1]
+    if sink_pages == 0:
+        return ring
+    sink = jnp.take_along_axis(tables.sinks, jnp.clip(logical, 0, sink_pages - 1), axis=1)
+    return jnp.where(logical < sink_pages, sink, ring)
+
+
+def enter(
+    tables: PageTables, logical: jax.Array, page: jax.Array, where: jax.Array
+) -> PageTables:
+    """Writes `page` as the id of `logical` where `where`; all `[batch, n]`."""
+    batch, width = tables.ring.shape
+    sink_pages = tables.sinks.shape[1]
+    row = jnp.arange(batch, dtype=jnp.int32)[:, None]
+    slot = jnp.where(where & (logical >= sink_pages), logical % width, width)
+    ring = tables.ring.at[row, slot].set(page, mode="drop")
+    if sink_pages == 0:
+        return dataclasses.replace(tables, ring=ring)
+    slot = jnp.where(where & (logical < sink_pages), logical, sink_pages)
+    return PageTables(ring=ring, sinks=tables.sinks.at[row, slot].set(page, mode="drop"))
+
+
+def entries(tables: PageTables) -> jax.Array:
+    """Every entry of both tables side by side, `i32[batch, width + sink_pages]`."""
+    return jnp.concatenate([tables.ring, tables.sinks], axis=1)

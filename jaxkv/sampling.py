@@ -1,0 +1,77 @@
+"""Picks the next token from logits: greedy, or a draw after temperature, top-k, top-p and min-p."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How to draw; `Sampling()` is greedy.
+
+    None leaves a rule out of the compiled program; a number can change without compiling again.
+    Rules apply in the order of the fields, each on what the one before left.
+
+    Attributes:
+      temperature: logits are divided by it; None or 0 takes the largest logit.
+      top_k: keep the `top_k` most likely tokens.
+      top_p: keep the most likely tokens whose probabilities first reach `top_p` (arXiv:1904.09751).
+      min_p: drop tokens less likely than `min_p` times the best one (arXiv:2407.01082).
+    """
+
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+
+    def checked(self) -> "Sampling":
+        """Returns itself with a temperature of 0 made None; raises ValueError naming a bad value."""
+        if self.temperature is not None and not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature={self.temperature} must be at least 0.")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k={self.top_k} must be at least 1.")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p} must be above 0 and at most 1.")
+        if self.min_p is not None and not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p={self.min_p} must be between 0 and 1.")
+        return self if self.temperature else Sampling()
+
+
+def sample(logits: jax.Array, sampling: Sampling, keys: jax.Array) -> jax.Array:
+    """Draws one token for each row.
+
+    Args:
+      logits: `f32[batch, vocab]`.
+      sampling: checked.
+      keys: `[batch]` random keys, so that a row's draw does not depend on its neighbours.
+
+    Returns:
+      `i32[batch]`.
+    """
+    if sampling.temperature is None:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    logits = logits / sampling.temperature
+    logits = jnp.where(logits >= _threshold(logits, sampling), logits, -jnp.inf)
+    return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+
+
+def _threshold(logits: jax.Array, sampling: Sampling) -> jax.Array:
+    """The least logit that every rule keeps, `f32[batch, 1]`."""
+    best = jnp.max(logits, axis=-1, keepdims=True)
+    least = jnp.full_like(best, -jnp.inf)
+    if sampling.top_k is not None or sampling.top_p is not None:
+        ranked = -jnp.sort(-logits, axis=-1)
+        rank = jnp.arange(ranked.shape[-1], dtype=jnp.int32)[None]
+        if sampling.top_k is not None:
+            ranked = jnp.where(rank < sampling.top_k, ranked, -jnp.inf)
+        if sampling.top_p is not None:
+            p = jax.nn.softmax(ranked, axis=-1)
+            before = jnp.cumsum(p, axis=-1) - p  # probability of all that is more likely
+            ranked = jnp.where((before < sampling.top_p) | (rank == 0), ranked, -jnp.inf)
+        kept = jnp.where(ranked == -jnp.inf, jnp.inf, ranked)
+        least = jnp.min(kept, axis=-1, keepdims=True)
+    if sampling.min_p is not None:
+        least = jnp.maximum(least, best + jnp.log(jnp.float32(1) * sampling.min_p))
+    return least

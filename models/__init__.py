@@ -1,0 +1,56 @@
+"""Flax NNX decoders over jaxkv caches, and what loads them from published checkpoints."""
+
+from pathlib import Path
+
+import jax
+
+from models.checkpoints import Checkpoint as Checkpoint
+from models.checkpoints import CheckpointError as CheckpointError
+from models.checkpoints import open_checkpoint as _open_path
+from models.config import DecoderConfig as DecoderConfig
+from models.decoder import Decoder as Decoder
+from models.loaders import Progress, load_decoder
+
+NAMES = ("smollm2",)  # models that can be had by name
+
+
+def open_checkpoint(path_or_name: str | Path) -> Checkpoint:
+    """Opens weights by path (a Hugging Face folder or a GGUF file) or by name ("smollm2").
+
+    Raises:
+      CheckpointError: one line: what is wrong with which file.
+    """
+    if path_or_name in NAMES:
+        from models.smollm2 import fetch_smollm2
+
+        path_or_name = fetch_smollm2()
+    return _open_path(path_or_name)
+
+
+def load(
+    source: str | Path | Checkpoint,
+    *,
+    dtype: str | None = None,
+    scan: bool | None = None,
+    progress: Progress | None = None,
+) -> Decoder:
+    """Loads a model.
+
+    Args:
+      source: path, name, or a checkpoint that is already open.
+      dtype: of weights and activations; None for float32 on a CPU, bfloat16 elsewhere.
+      scan: scan over stacked layers (compile time does not grow with depth) or unroll them;
+        None unrolls on a CPU, where reading weights in place makes a decode step 1.6x faster.
+      progress: called with (parameters done, of how many).
+
+    Raises:
+      CheckpointError: one line: what is wrong with which file or tensor.
+    """
+    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
+    on_cpu = jax.default_backend() == "cpu"
+    return load_decoder(
+        checkpoint,
+        dtype=dtype or ("float32" if on_cpu else "bfloat16"),
+        scan=not on_cpu if scan is None else scan,
+        progress=progress,
+    )

@@ -1,0 +1,54 @@
+"""The one error of the checkpoint readers, and the import of optional packages that words itself."""
+
+import importlib
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that can't be used; the message is one line: file, rule, value."""
+
+
+def import_extra(name: str) -> ModuleType:
+    """Imports an optional package.
+
+    Raises:
+      CheckpointError: it is not installed; the message names the extra that brings it.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        package = name.partition(".")[0]
+        raise CheckpointError(
+            f"This needs the package {package!r}: pip install 'jaxkv[demo]' ({one_line(error)})."
+        ) from error
+
+
+def one_line(error: object, limit: int = 300) -> str:
+    """An error's text with white space collapsed, cut to `limit` characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def read_text(path: Path) -> str:
+    """A small UTF-8 file's text; a missing or unreadable file is a CheckpointError."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path}: must be UTF-8 text: {one_line(error)}.") from error
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """A file that holds one JSON object; anything else is a CheckpointError."""
+    text = read_text(path)
+    try:
+        value = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise CheckpointError(f"{path}: invalid JSON: {one_line(error)}.") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: must hold a JSON object, not {type(value).__name__}.")
+    return value

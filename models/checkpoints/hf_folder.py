@@ -1,0 +1,127 @@
+"""Reads a Hugging Face folder: config.json and safetensors, one file or shards with an index.
+
+The safetensors format is a length, a JSON header and raw little-endian data. It is mapped here
+directly: shapes come without reading, and bfloat16 and float8 need no torch.
+"""
+
+import json
+import math
+import struct
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from models.checkpoints.checkpoint import Checkpoint, LazyTensor, map_file
+from models.checkpoints.errors import CheckpointError, one_line, read_json_object
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+_DTYPES: dict[str, Any] = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "F8_E5M2": ml_dtypes.float8_e5m2,
+    "I64": np.int64,
+    "I32": np.int32,
+    "I16": np.int16,
+    "I8": np.int8,
+    "U64": np.uint64,
+    "U32": np.uint32,
+    "U16": np.uint16,
+    "U8": np.uint8,
+    "BOOL": np.bool_,
+}
+
+
+def open_hf_folder(folder: Path) -> Checkpoint:
+    """Opens a folder as `from_pretrained` reads it.
+
+    Raises:
+      CheckpointError: a file is missing, truncated or no valid JSON; a shard lacks a tensor.
+    """
+    config = read_json_object(folder / "config.json")
+    if (folder / SINGLE_FILE).exists():
+        tensors = open_safetensors(folder / SINGLE_FILE)
+    elif (folder / INDEX_FILE).exists():
+        tensors = _open_shards(folder / INDEX_FILE)
+    else:
+        raise CheckpointError(f"{folder}: has neither {SINGLE_FILE} nor {INDEX_FILE}.")
+
+    def load_tokenizer():
+        from models.tokenizer import Tokenizer
+
+        return Tokenizer.from_hf_folder(folder)
+
+    return Checkpoint(folder, config, tensors, load_tokenizer)
+
+
+def open_safetensors(path: Path) -> dict[str, LazyTensor]:
+    """Maps one safetensors file; the file's size must be what its header says.
+
+    Raises:
+      CheckpointError: missing, truncated, or not a safetensors file.
+    """
+    data = map_file(path)
+    header_bytes = struct.unpack("<Q", data[:8])[0] if len(data) >= 8 else 0
+    start = 8 + header_bytes
+    if start > len(data) or len(data) < 8:
+        raise CheckpointError(
+            f"{path}: truncated or no safetensors file: its header needs {max(start, 9)} bytes, "
+            f"the file has {len(data)}."
+        )
+    try:
+        header = json.loads(data[8:start].tobytes())
+        header.pop("__metadata__", None)
+        entries = {name: _parse_entry(entry) for name, entry in header.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path}: invalid safetensors header: {one_line(error)}.") from error
+    expected = start + max((end for *_, end in entries.values()), default=0)
+    if len(data) != expected:
+        state = "truncated" if len(data) < expected else "too long"
+        raise CheckpointError(f"{path}: {state}: expected {expected} bytes, has {len(data)}.")
+
+    def lazy(dtype: str, shape: tuple[int, ...], begin: int, end: int) -> LazyTensor:
+        values = data[start + begin : start + end].view(_DTYPES[dtype]).reshape(shape)
+        return LazyTensor(shape, dtype, lambda: values)
+
+    return {name: lazy(*entry) for name, entry in entries.items()}
+
+
+def _parse_entry(entry: dict[str, Any]) -> tuple[str, tuple[int, ...], int, int]:
+    """Checks one header entry: dtype known, shape and byte range agree."""
+    dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+    if dtype not in _DTYPES:
+        raise ValueError(f"unknown {dtype=}")
+    if not all(isinstance(size, int) and size >= 0 for size in (*shape, begin, end)):
+        raise ValueError(f"{shape=} and its offsets must be whole numbers, not negative")
+    if end - begin != math.prod(shape) * np.dtype(_DTYPES[dtype]).itemsize:
+        raise ValueError(f"{shape=} of {dtype} does not fill bytes {begin} to {end}")
+    return dtype, shape, begin, end
+
+
+def _open_shards(index_path: Path) -> dict[str, LazyTensor]:
+    """Opens every shard that the index names; only tensors of the index are kept."""
+    weight_map = read_json_object(index_path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index_path}: must have a 'weight_map' of tensor names to files.")
+    shards: dict[str, dict[str, LazyTensor]] = {}
+    tensors: dict[str, LazyTensor] = {}
+    for name, file_name in weight_map.items():
+        if not isinstance(file_name, str) or Path(file_name).name != file_name:
+            raise CheckpointError(f"{index_path}: {name}: {file_name!r} must be a file name.")
+        if file_name not in shards:
+            shard = index_path.parent / file_name
+            if not shard.exists():
+                raise CheckpointError(f"{shard}: missing, but {index_path.name} lists {name!r}.")
+            shards[file_name] = open_safetensors(shard)
+        if name not in shards[file_name]:
+            raise CheckpointError(
+                f"{index_path.parent / file_name}: lacks {name!r}, which {index_path.name} lists."
+            )
+        tensors[name] = shards[file_name][name]
+    return tensors

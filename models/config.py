@@ -1,0 +1,92 @@
+"""What a decoder-only transformer is made of, after a checkpoint's own config has been read."""
+
+import dataclasses
+
+import numpy as np
+
+from jaxkv import LayerSpec
+from models.rope import Rope
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """Static description of a `Decoder`; each architecture's module makes one.
+
+    Attributes:
+      windows: one entry a layer, tokens a query sees or None for all.
+      attention_bias: q, k and v projections have biases.
+      output_bias: the attention's output projection has one.
+      mlp_bias: the MLP's projections have them.
+      qk_norm: RMS norm of each query and key head before rotation (Qwen3).
+      tie_embeddings: the output matrix is the embedding.
+    """
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    windows: tuple[int | None, ...]
+    rope: Rope
+    norm_eps: float
+    attention_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    tie_embeddings: bool = False
+    eos_ids: tuple[int, ...] = ()
+    max_position: int | None = None  # trained context, tokens
+
+    @property
+    def layers(self) -> int:
+        """Number of layers."""
+        return len(self.windows)
+
+    @property
+    def group(self) -> int:
+        """Query heads that share a key/value head."""
+        return self.q_heads // self.kv_heads
+
+    def layer_specs(
+        self,
+        *,
+        dtype: str,
+        window: int | None = None,
+        sink_tokens: int = 0,
+        sink_positions: str = "original",
+    ) -> tuple[LayerSpec, ...]:
+        """Describes every layer to the cache.
+
+        Args:
+          dtype: float type of the pages.
+          window: narrows every layer to at most so many tokens (streaming); None leaves them.
+          sink_tokens: first tokens kept beside each window.
+          sink_positions: as in `LayerSpec`.
+
+        Raises:
+          ValueError: sinks were asked for and no layer has a window.
+        """
+        windows = [min(filter(None, (own, window)), default=None) for own in self.windows]
+        if (sink_tokens or sink_positions != "original") and not any(windows):
+            raise ValueError(f"{sink_tokens=} needs a window, and no layer has one.")
+        return tuple(
+            LayerSpec(
+                kv_heads=self.kv_heads,
+                head_dim=self.head_dim,
+                window=own,
+                sink_tokens=sink_tokens if own else 0,
+                sink_positions=sink_positions if own else "original",  # type: ignore[arg-type]
+                dtype=dtype,
+            )
+            for own in windows
+        )
+
+    def parameters(self) -> int:
+        """Number of weights in matrices, embeddings counted once or twice as they are stored."""
+        heads = self.q_heads + 2 * self.kv_heads
+        attention = self.hidden_size * self.head_dim * (heads + self.q_heads)
+        mlp = 3 * self.hidden_size * self.intermediate_size
+        embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_embeddings else 2)
+        return int(np.int64(self.layers) * (attention + mlp) + embeddings)

@@ -1,0 +1,143 @@
+"""The pieces of a decoder block. Modules own weights only; the cache comes in and goes out.
+
+Every parameter takes a `stack` of leading axes: `(layers,)` when blocks are scanned, `()` for one.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxkv import KVCache
+from jaxkv.cache import Layer
+from models.config import DecoderConfig
+from models.rope import rotate
+from pallas_kernels.backends import Backend
+
+Stack = tuple[int, ...]
+Angles = tuple[jax.Array, jax.Array]  # cosine and sine, as models.rope.angles gives them
+
+
+def _weight(rngs: nnx.Rngs, shape: Stack, dtype, fan_in: int) -> nnx.Param:
+    scale = jnp.asarray(fan_in**-0.5, dtype)
+    return nnx.Param(jax.random.normal(rngs.params(), shape, dtype) * scale)
+
+
+def _bias(present: bool, shape: Stack, dtype) -> nnx.Param | None:
+    return nnx.Param(jnp.zeros(shape, dtype)) if present else None
+
+
+def dot(x: jax.Array, w: jax.Array) -> jax.Array:
+    """`x[..., a] @ w[a, ...]`, over one axis."""
+    return jax.lax.dot_general(x, w, (((x.ndim - 1,), (0,)), ((), ())))
+
+
+class RMSNorm(nnx.Module):
+    """`x / rms(x) * weight`, computed in float32 (arXiv:1910.07467)."""
+
+    def __init__(self, size: int, eps: float, *, stack: Stack, dtype):
+        self.weight = nnx.Param(jnp.ones((*stack, size), dtype))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Normalises the last axis."""
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+        weight = self.weight[...].reshape((1,) * (x.ndim - 1) + (-1,))
+        return (y * weight.astype(jnp.float32)).astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention (arXiv:2305.13245) over a `KVCache`.
+
+    q, k and v are one matrix, `[hidden, kv_heads, group + 2, head_dim]`: one read of the
+    activations, and kv heads keep an axis of their own to shard.
+    """
+
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs, *, stack: Stack, dtype):
+        heads = (config.kv_heads, config.group + 2, config.head_dim)
+        self.qkv = _weight(rngs, (*stack, config.hidden_size, *heads), dtype, config.hidden_size)
+        self.qkv_bias = _bias(config.attention_bias, (*stack, *heads), dtype)
+        out = (*stack, config.q_heads * config.head_dim, config.hidden_size)
+        self.out = _weight(rngs, out, dtype, out[-2])
+        self.out_bias = _bias(config.output_bias, (*stack, config.hidden_size), dtype)
+        norm = dict(eps=config.norm_eps, stack=stack, dtype=dtype)
+        self.q_norm = RMSNorm(config.head_dim, **norm) if config.qk_norm else None
+        self.k_norm = RMSNorm(config.head_dim, **norm) if config.qk_norm else None
+        self.group = config.group
+
+    def __call__(
+        self,
+        x: jax.Array,
+        cache: KVCache,
+        layer: Layer,
+        angles: Angles,
+        sink_angles: Angles | None,
+        backend: Backend | None,
+    ) -> tuple[jax.Array, KVCache]:
+        """Attends `x`, `[batch, tokens, hidden]`; returns the same shape and the new cache."""
+        qkv = dot(x, self.qkv[...])  # [batch, tokens, kv_heads, group + 2, head_dim]
+        if self.qkv_bias is not None:
+            qkv = qkv + self.qkv_bias[...][None, None]
+        batch, tokens, _, _, head_dim = qkv.shape
+        q = qkv[:, :, :, : self.group].reshape(batch, tokens, -1, head_dim)
+        k, v = qkv[:, :, :, self.group], qkv[:, :, :, self.group + 1]
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        cache, out = cache.attend(
+            layer,
+            rotate(q, angles),
+            rotate(k, angles),
+            v,
+            q_sink=None if sink_angles is None else rotate(q, sink_angles),
+            backend=backend,
+        )
+        y = dot(out.reshape(batch, tokens, -1), self.out[...])
+        if self.out_bias is not None:
+            y = y + self.out_bias[...][None, None]
+        return y, cache
+
+
+class GatedMLP(nnx.Module):
+    """`down(silu(gate(x)) * up(x))` (SwiGLU, arXiv:2002.05202), gate and up in one matrix."""
+
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs, *, stack: Stack, dtype):
+        hidden, inner = config.hidden_size, config.intermediate_size
+        self.gate_up = _weight(rngs, (*stack, hidden, 2, inner), dtype, hidden)
+        self.gate_up_bias = _bias(config.mlp_bias, (*stack, 2, inner), dtype)
+        self.down = _weight(rngs, (*stack, inner, hidden), dtype, inner)
+        self.down_bias = _bias(config.mlp_bias, (*stack, hidden), dtype)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps `[batch, tokens, hidden]` to the same shape."""
+        y = dot(x, self.gate_up[...])
+        if self.gate_up_bias is not None:
+            y = y + self.gate_up_bias[...][None, None]
+        y = dot(jax.nn.silu(y[:, :, 0]) * y[:, :, 1], self.down[...])
+        return y if self.down_bias is None else y + self.down_bias[...][None, None]
+
+
+class Block(nnx.Module):
+    """One pre-norm transformer layer."""
+
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs, *, stack: Stack = (), dtype):
+        norm = dict(eps=config.norm_eps, stack=stack, dtype=dtype)
+        self.attention_norm = RMSNorm(config.hidden_size, **norm)
+        self.attention = Attention(config, rngs, stack=stack, dtype=dtype)
+        self.mlp_norm = RMSNorm(config.hidden_size, **norm)
+        self.mlp = GatedMLP(config, rngs, stack=stack, dtype=dtype)
+
+    def __call__(
+        self,
+        x: jax.Array,
+        cache: KVCache,
+        layer: Layer,
+        angles: Angles,
+        sink_angles: Angles | None,
+        backend: Backend | None,
+    ) -> tuple[jax.Array, KVCache]:
+        """Adds attention, then the MLP, to the residual stream `[batch, tokens, hidden]`."""
+        y, cache = self.attention(
+            self.attention_norm(x), cache, layer, angles, sink_angles, backend
+        )
+        x = x + y
+        return x + self.mlp(self.mlp_norm(x)), cache

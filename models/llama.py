@@ -1,0 +1,16 @@
+"""Llama 2 and 3 (arXiv:2307.09288, arXiv:2407.21783), and the many models of its shape (SmolLM2)."""
+
+from models.config import DecoderConfig
+from models.hf_config import common, layer_windows
+
+
+def decoder_config(hf: dict) -> DecoderConfig:
+    """Reads a `config.json` with `model_type` "llama"; CheckpointError if it can't be one."""
+    bias = hf.get("attention_bias", False)
+    return common(
+        hf,
+        windows=layer_windows(hf, uses_window=False),
+        attention_bias=bias,
+        output_bias=bias,
+        mlp_bias=hf.get("mlp_bias", False),
+    )

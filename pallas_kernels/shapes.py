@@ -1,0 +1,23 @@
+"""Checks the axes of several arrays against each other, from one table of names."""
+
+import jax
+
+
+def bind_dims(**arrays: tuple[jax.Array, str]) -> dict[str, int]:
+    """Binds axis names to sizes: `bind_dims(q=(q, "batch heads dim"), lens=(lens, "batch"))`.
+
+    Returns:
+      Size of each axis name.
+
+    Raises:
+      ValueError: a wrong rank, or one name with two sizes.
+    """
+    sizes: dict[str, int] = {}
+    for name, (array, axes) in arrays.items():
+        names = axes.split()
+        if array.ndim != len(names):
+            raise ValueError(f"{name}.shape={array.shape} must be [{', '.join(names)}].")
+        for axis, size in zip(names, array.shape, strict=True):
+            if sizes.setdefault(axis, size) != size:
+                raise ValueError(f"{name}.shape={array.shape}: {axis} must be {sizes[axis]}.")
+    return sizes

@@ -1,0 +1,101 @@
+"""Holds a checkpoint's logits against stored ones: one prefill, and chunks plus cached decode.
+
+DIR has config.json, model.safetensors and io.npz with `input_ids i32[batch, tokens]` and
+`logits f32[batch, tokens, vocab]`. Runs in float32; exit 1 when a difference exceeds --tol.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Annotated
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+import models
+from jaxkv import CacheConfig, KVCache
+from scripts.command import run_command
+
+
+@dataclasses.dataclass
+class Args:
+    """Compares a checkpoint's logits with the ones stored beside it (io.npz)."""
+
+    dir: Annotated[Path, tyro.conf.Positional]
+    """Folder with config.json, model.safetensors and io.npz."""
+    tol: float = 1e-3
+    """Largest absolute difference that passes."""
+    json: bool = False
+    """Print one JSON object only."""
+    page_size: int = 16
+    """Tokens a cache page."""
+    scan: bool = True
+    """Scan over stacked layers, or unroll them."""
+
+
+@jax.jit
+def step(model, tokens, cache):
+    """Runs `tokens`, all of them real; returns logits and the cache."""
+    count = jnp.full(tokens.shape[:1], tokens.shape[1], jnp.int32)
+    hidden, cache = model(tokens, cache.prepare(count))
+    return model.unembed(hidden), cache.commit(count)
+
+
+def uneven_chunks(tokens: int) -> list[int]:
+    """Two thirds of the tokens in chunks of 1, 2/5, ... then the rest one by one."""
+    prefill = max(1, tokens * 2 // 3)
+    first, second = 1, (prefill - 1) * 2 // 5
+    chunks = [n for n in (first, second, prefill - first - second) if n]
+    return chunks + [1] * (tokens - prefill)
+
+
+def largest_difference(model, tokens: np.ndarray, logits: np.ndarray, chunks: list[int], args):
+    """Feeds `tokens` through a fresh cache in `chunks`; returns the largest logit difference."""
+    batch, length = tokens.shape
+    config = CacheConfig(
+        layers=model.layer_specs(dtype="float32"),
+        batch=batch,
+        max_tokens=length,
+        max_new_tokens=max(chunks),
+        page_size=args.page_size,
+    )
+    cache, worst, start = KVCache.create(config), 0.0, 0
+    for count in chunks:
+        got, cache = step(model, jnp.asarray(tokens[:, start : start + count]), cache)
+        difference = np.abs(np.asarray(got) - logits[:, start : start + count]).max()
+        worst = max(worst, float(difference))  # max(0.0, nan) is 0.0
+        if np.isnan(difference):
+            return float("nan")
+        start += count
+    return worst
+
+
+def main(args: Args) -> int:
+    """Prints both differences; returns the exit code."""
+    jax.config.update("jax_default_matmul_precision", "highest")
+    path = args.dir / "io.npz"
+    if not path.is_file():
+        raise models.CheckpointError(f"{path}: no such file; it holds input_ids and logits.")
+    stored = np.load(path)
+    tokens, logits = stored["input_ids"].astype(np.int32), stored["logits"]
+    model = models.load(args.dir, dtype="float32", scan=args.scan)
+    length = tokens.shape[1]
+    result = {
+        "prefill_max_abs_diff": largest_difference(model, tokens, logits, [length], args),
+        "decode_max_abs_diff": largest_difference(
+            model, tokens, logits, uneven_chunks(length), args
+        ),
+    }
+    passes = all(value <= args.tol for value in result.values())  # NaN fails
+    if not args.json:
+        for name, value in result.items():
+            print(f"{name:22} {value:.2e}")
+        print(f"{'ok' if passes else 'FAILED'}: tolerance {args.tol:g}")
+    print(json.dumps(result))
+    return 0 if passes else 1
+
+
+if __name__ == "__main__":
+    run_command(main, Args)

@@ -1,0 +1,84 @@
+"""Settings of every test run: platform, JAX's strictness, the XLA cache, skips without a device.
+
+Builders and tolerances live in `tests/helpers.py`, not here.
+"""
+
+import contextlib
+import hashlib
+import os
+import platform
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).resolve().parent
+
+
+def _cpu_fingerprint() -> str:
+    """Names the CPU's instruction set: JAX's cache key leaves it out, so a work tree that moves to
+    another machine would load code which that machine may not run."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # not Linux
+        lines = [platform.processor()]
+    features = {line for line in lines if line.startswith(("model name", "flags", "Features"))}
+    text = "\n".join([platform.machine(), *sorted(features)])
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+# In the environment, before JAX is imported, so that scripts which tests start inherit it too.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    XLA_CACHE = TESTS.parent / ".pytest_cache" / "xla" / _cpu_fingerprint()
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(XLA_CACHE)
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+
+import hypothesis  # noqa: E402
+import jax  # noqa: E402
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Models follow their checkpoints' mixed dtypes and scripts run them; all else promotes by hand.
+LOOSE_PROMOTION = {"models", "scripts"}
+
+# A first example compiles, which no deadline survives. CI draws the same examples every time: a
+# submission must not fail for a seed.
+hypothesis.settings.register_profile(
+    "jaxkv",
+    deadline=None,
+    derandomize=bool(os.environ.get("CI")),
+    print_blob=True,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("jaxkv")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    """Makes dtype promotion strict in a test and its fixtures, outside LOOSE_PROMOTION.
+
+    A hook, not an autouse fixture: hypothesis refuses function-scoped fixtures under `@given`.
+    """
+    folder = item.path.relative_to(TESTS).parts[0]
+    strict = contextlib.nullcontext()
+    if folder not in LOOSE_PROMOTION:
+        strict = jax.numpy_dtype_promotion("strict")
+    with strict:
+        return (yield)
+
+
+def pytest_collection_modifyitems(items):
+    for marker in ("gpu", "tpu"):
+        marked = [item for item in items if item.get_closest_marker(marker)]
+        if marked and not _has_device(marker):
+            platforms = f"JAX_PLATFORMS={os.environ['JAX_PLATFORMS']}"
+            reason = f"JAX sees no {marker.upper()} ({platforms}; JAX_PLATFORMS= looks for all)"
+            for item in marked:
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def _has_device(kind: str) -> bool:
+    try:
+        return bool(jax.devices(kind))
+    except RuntimeError:
+        return False
