@@ -6,3 +6,5 @@ from jaxkv.config import LayerSpec as LayerSpec
 from jaxkv.generate import Generation as Generation
 from jaxkv.generate import generate as generate
 from jaxkv.sampling import Sampling as Sampling
+from jaxkv.explain import explain as explain
+from jaxkv.plan import plan as plan

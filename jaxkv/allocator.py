@@ -77,10 +77,11 @@ def release(pool: PagePool, page: jax.Array) -> PagePool:
     returns = dying & (claimed[page] == rank)
     place = pool.free_pages + jnp.cumsum(returns, dtype=jnp.int32) - 1
     place = jnp.where(returns, place, references.size)
+    returned = jnp.where(returns, page, references.size)  # with `dead` here, XLA copies the counts
     return PagePool(
         free_stack=pool.free_stack.at[place].set(page, mode="drop"),
         free_pages=pool.free_pages + jnp.sum(returns, dtype=jnp.int32),
-        references=claimed.at[dead].set(0, mode="drop"),
+        references=claimed.at[returned].set(0, mode="drop"),
     )
 
 

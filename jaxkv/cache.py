@@ -61,13 +61,13 @@ class KVCache:
           NotImplementedError: a codec that is not available.
         """
         config = config.checked()
-        zeros = jnp.zeros(config.batch, jnp.int32)
+        # Each array its own: a buffer that stands twice in a donated state is refused.
         return cls(
             groups=tuple(_create_group(config, group) for group in config.groups),
-            lengths=zeros,
-            pending=zeros,
-            starved=zeros > 0,
-            too_long=zeros > 0,
+            lengths=jnp.zeros(config.batch, jnp.int32),
+            pending=jnp.zeros(config.batch, jnp.int32),
+            starved=jnp.zeros(config.batch, bool),
+            too_long=jnp.zeros(config.batch, bool),
             config=config,
         )
 
@@ -84,14 +84,15 @@ class KVCache:
         `max_new_tokens`, or would outgrow `max_tokens` (`too_long`).
 
         Args:
-          new_tokens: `i32[batch]`; 0 leaves a sequence out of the step. The step before must
-            have been committed.
+          new_tokens: `i32[batch]`; 0 or less leaves a sequence out of the step. The step before
+            must have been committed.
         """
+        bind_dims(lengths=(self.lengths, "batch"), new_tokens=(new_tokens, "batch"))
         size = self.config.page_size
         too_long = new_tokens > self.config.max_new_tokens
         if self.config.max_tokens is not None:
             too_long |= self.lengths + new_tokens > self.config.max_tokens
-        new_tokens = jnp.where(too_long, 0, new_tokens)
+        new_tokens = jnp.where(too_long, 0, jnp.maximum(new_tokens, 0))
         held = pages_of(self.lengths, size)
         needed = pages_of(self.lengths + new_tokens, size) - held
         starved = jnp.zeros_like(too_long)
@@ -148,7 +149,7 @@ class KVCache:
             not wanted.
           NotImplementedError: the named backend does not serve this.
         """
-        number, index = self.config.locate(layer) if isinstance(layer, int) else layer
+        number, index = layer if isinstance(layer, tuple) else self.config.locate(layer)
         group, state = self.config.groups[number], self.groups[number]
         spec = group.spec
         sizes = bind_dims(
@@ -157,6 +158,8 @@ class KVCache:
             k=(k, "batch tokens kv_heads head_dim"),
             v=(v, "batch tokens kv_heads head_dim"),
             k_pages=(state.k_pages, "layers pages kv_heads page_size head_dim"),
+            sink_logits=(sink_logits, "q_heads"),
+            q_sink=(q_sink, "batch tokens q_heads head_dim"),
         )
         if sizes["tokens"] > self.config.max_new_tokens:
             raise ValueError(
@@ -192,6 +195,7 @@ class KVCache:
         Args:
           accepted: `i32[batch]`; more than was prepared counts as all of it.
         """
+        bind_dims(lengths=(self.lengths, "batch"), accepted=(accepted, "batch"))
         size = self.config.page_size
         lengths = self.lengths + jnp.clip(accepted, 0, self.pending)
         kept = pages_of(lengths, size)
@@ -221,6 +225,7 @@ class KVCache:
 
     def free(self, mask: jax.Array) -> "KVCache":
         """Ends the sequences of `mask`, `bool[batch]`: their references go, their length is 0."""
+        bind_dims(lengths=(self.lengths, "batch"), mask=(mask, "batch"))
         groups = tuple(_drop_sequences(state, mask) for state in self.groups)
         return dataclasses.replace(
             self,

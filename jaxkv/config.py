@@ -3,8 +3,6 @@
 import dataclasses
 from typing import Literal
 
-import jax.numpy as jnp
-
 EXACT = "exact"
 
 
@@ -51,7 +49,7 @@ class LayerSpec:
             raise ValueError("sink_positions='cache' needs a window, and window=None.")
         if self.codec != EXACT:
             raise NotImplementedError(f"codec={self.codec!r}: only {EXACT!r} is available.")
-        if jnp.dtype(self.dtype) not in (jnp.bfloat16, jnp.float16, jnp.float32):
+        if self.dtype not in ("bfloat16", "float16", "float32"):
             raise ValueError(f"dtype={self.dtype!r} must be bfloat16, float16 or float32.")
         return self
 

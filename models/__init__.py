@@ -1,5 +1,6 @@
 """Flax NNX decoders over jaxkv caches, and what loads them from published checkpoints."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -10,21 +11,25 @@ from models.checkpoints import open_checkpoint as _open_path
 from models.config import DecoderConfig as DecoderConfig
 from models.decoder import Decoder as Decoder
 from models.loaders import Progress, load_decoder
+from models.smollm2 import fetch_smollm2
 
-NAMES = ("smollm2",)  # models that can be had by name
+NAMES = {"smollm2": fetch_smollm2}  # models that can be had by name
 
 
-def open_checkpoint(path_or_name: str | Path) -> Checkpoint:
+def open_checkpoint(
+    path_or_name: str | Path, *, say: Callable[[str], None] | None = None
+) -> Checkpoint:
     """Opens weights by path (a Hugging Face folder or a GGUF file) or by name ("smollm2").
+
+    Args:
+      path_or_name: where they are; a name is fetched once and kept.
+      say: told, in a line each, what a fetch does.
 
     Raises:
       CheckpointError: one line: what is wrong with which file.
     """
-    if path_or_name in NAMES:
-        from models.smollm2 import fetch_smollm2
-
-        path_or_name = fetch_smollm2()
-    return _open_path(path_or_name)
+    fetch = NAMES.get(str(path_or_name))
+    return _open_path(path_or_name if fetch is None else fetch(say))
 
 
 def load(

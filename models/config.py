@@ -68,16 +68,18 @@ class DecoderConfig:
         Raises:
           ValueError: sinks were asked for and no layer has a window.
         """
-        windows = [min(filter(None, (own, window)), default=None) for own in self.windows]
-        if (sink_tokens or sink_positions != "original") and not any(windows):
+        windows = [
+            min((w for w in (own, window) if w is not None), default=None) for own in self.windows
+        ]
+        if (sink_tokens or sink_positions != "original") and set(windows) == {None}:
             raise ValueError(f"{sink_tokens=} needs a window, and no layer has one.")
         return tuple(
             LayerSpec(
                 kv_heads=self.kv_heads,
                 head_dim=self.head_dim,
                 window=own,
-                sink_tokens=sink_tokens if own else 0,
-                sink_positions=sink_positions if own else "original",  # type: ignore[arg-type]
+                sink_tokens=0 if own is None else sink_tokens,
+                sink_positions="original" if own is None else sink_positions,  # type: ignore[arg-type]
                 dtype=dtype,
             )
             for own in windows

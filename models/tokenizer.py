@@ -121,9 +121,7 @@ class Tokenizer:
             eos = backend.token_to_id(special.get("eos_token", ""))
         eos_ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
         template = _hf_chat_template(folder, config)
-        return cls(
-            backend, str(folder), tuple(eos_ids), bos_id, bool(adds_bos), template, special
-        )
+        return cls(backend, str(folder), tuple(eos_ids), bos_id, bool(adds_bos), template, special)
 
     @classmethod
     def from_gguf_fields(cls, fields: Mapping[str, Any], *, source: str = "GGUF") -> "Tokenizer":

@@ -3,8 +3,10 @@
 import jax
 
 
-def bind_dims(**arrays: tuple[jax.Array, str]) -> dict[str, int]:
+def bind_dims(**arrays: tuple[jax.Array | None, str]) -> dict[str, int]:
     """Binds axis names to sizes: `bind_dims(q=(q, "batch heads dim"), lens=(lens, "batch"))`.
+
+    An array that is None, an argument left out, is skipped.
 
     Returns:
       Size of each axis name.
@@ -14,6 +16,8 @@ def bind_dims(**arrays: tuple[jax.Array, str]) -> dict[str, int]:
     """
     sizes: dict[str, int] = {}
     for name, (array, axes) in arrays.items():
+        if array is None:
+            continue
         names = axes.split()
         if array.ndim != len(names):
             raise ValueError(f"{name}.shape={array.shape} must be [{', '.join(names)}].")

@@ -1,4 +1,4 @@
-"""The one error of the checkpoint readers, and the import of optional packages that words itself."""
+"""The one error of the checkpoint readers, and imports of optional packages that explain."""
 
 import importlib
 import json
@@ -27,8 +27,8 @@ def import_extra(name: str) -> ModuleType:
 
 
 def one_line(error: object, limit: int = 300) -> str:
-    """An error's text with white space collapsed, cut to `limit` characters."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    """An error's text, white space collapsed, cut to `limit` characters, no full stop."""
+    text = " ".join(str(error).split()).rstrip(".") or type(error).__name__
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 

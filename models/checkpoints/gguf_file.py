@@ -67,7 +67,7 @@ def open_gguf(path: Path) -> Checkpoint:
 
 
 def hf_name(name: str) -> str:
-    """"blk.0.attn_q.weight" gives "model.layers.0.self_attn.q_proj.weight"; unknown names stay."""
+    """ "blk.0.attn_q.weight" gives "model.layers.0.self_attn.q_proj.weight"; unknown names stay."""
     if match := re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name):
         layer, part, kind = match.groups()
         if part in _LAYER_NAMES:
@@ -92,6 +92,8 @@ def _lazy_tensor(path: Path, data: np.ndarray, entry: TensorEntry, heads: int | 
         raise CheckpointError(
             f"{path}: {entry.name}: unknown ggml type {entry.ggml_type}; a newer gguf may know it."
         ) from error
+    if not math.prod(entry.shape):
+        raise CheckpointError(f"{path}: {entry.name}: shape {entry.shape} must not be empty.")
     row = entry.shape[-1] if entry.shape else 1
     if row % block:
         raise CheckpointError(f"{path}: {entry.name}: {row=} must be a multiple of {block=}.")
@@ -113,7 +115,8 @@ def _lazy_tensor(path: Path, data: np.ndarray, entry: TensorEntry, heads: int | 
         else:
             blocks = raw.reshape(*entry.shape[:-1], row // block * block_bytes)
             try:
-                values = gguf.quants.dequantize(blocks, kind)
+                with np.errstate(all="ignore"):  # a damaged scale gives NaN, as it does elsewhere
+                    values = gguf.quants.dequantize(blocks, kind)
             except NotImplementedError as error:
                 raise CheckpointError(
                     f"{path}: {entry.name}: the gguf package can't dequantize {kind.name}."

@@ -71,6 +71,7 @@ def paged_attention(
         q_lens=(q_lens, "batch"),
         kv_start=(kv_start, "batch"),
         kv_stop=(kv_stop, "batch"),
+        sink_logits=(sink_logits, "q_heads"),
     )
     if sizes["q_heads"] % sizes["kv_heads"]:
         raise ValueError(f"q_heads={sizes['q_heads']} must be a multiple of {sizes['kv_heads']=}.")

@@ -9,7 +9,9 @@ import jax.numpy as jnp
 
 from pallas_kernels.visibility import visible
 
-BLOCK_TOKENS = 256  # keys a loop step: small enough to waste little, large enough to fill a matmul
+# Keys a loop step, measured on a CPU: a few queries want few steps, a chunk little masked waste.
+DECODE_BLOCK, PREFILL_BLOCK = 256, 128
+DECODE_TOKENS = 8  # most query tokens that count as decode (with drafts to verify)
 # A finite running maximum for rows that have seen nothing, so that no -inf - -inf appears.
 NOTHING_SEEN = -1e30
 
@@ -35,7 +37,8 @@ def paged_attention(
     _, _, kv_heads, page_size, _ = k_pages.shape
     width = page_table.shape[1]
     group = q_heads // kv_heads
-    block = max(1, min(BLOCK_TOKENS // page_size, width))  # pages a step
+    block_tokens = DECODE_BLOCK if q_tokens <= DECODE_TOKENS else PREFILL_BLOCK
+    block = max(1, min(block_tokens // page_size, width))  # pages a step
     # [batch, kv_heads, group * q_tokens, head_dim]: all rows that read the same keys, together.
     rows = q.reshape(batch, q_tokens, kv_heads, group, head_dim).transpose(0, 2, 3, 1, 4)
     rows = rows.reshape(batch, kv_heads, group * q_tokens, head_dim).astype(jnp.float32) * scale
@@ -67,33 +70,38 @@ def paged_attention(
         score = jnp.einsum("bhrd,bhkd->bhrk", rows, k, precision="highest")
         if soft_cap is not None:
             score = soft_cap * jnp.tanh(score / soft_cap)
-        mask = sees[:, None, None]  # broadcast over heads and group
-        score = score.reshape(batch, kv_heads, group, q_tokens, -1)
-        score = jnp.where(mask, score, -jnp.inf)
+        # A branch, since most blocks of a long sequence need no mask, and since XLA's CPU code
+        # would otherwise work the rule out again, unvectorised, in each of the mask's readers.
+        score, v = jax.lax.cond(
+            jnp.all(sees), lambda score, v, sees: (score, v), _hide, score, v, sees
+        )
         m_new = jnp.maximum(m, jnp.max(score, axis=-1))
         p = jnp.exp(score - m_new[..., None])
         shrink = jnp.exp(m - m_new)
-        used = jnp.any(sees, axis=1)[:, None, :, None]
-        v = jnp.where(used, v, 0.0)  # a page may hold NaN where nobody looks, and 0 * NaN is NaN
-        part = jnp.einsum(
-            "bhrk,bhkd->bhrd", p.reshape(score.shape[:2] + (-1, p.shape[-1])), v, precision="highest"
-        )
-        acc = acc * shrink.reshape(batch, kv_heads, -1, 1) + part
-        return m_new, l * shrink + jnp.sum(p, axis=-1), acc
+        part = jnp.einsum("bhrk,bhkd->bhrd", p, v, precision="highest")
+        return m_new, l * shrink + jnp.sum(p, axis=-1), acc * shrink[..., None] + part
 
-    per_row = (batch, kv_heads, group, q_tokens)
     init = (
-        jnp.full(per_row, NOTHING_SEEN, jnp.float32),
-        jnp.zeros(per_row, jnp.float32),
+        jnp.full(rows.shape[:3], NOTHING_SEEN, jnp.float32),
+        jnp.zeros(rows.shape[:3], jnp.float32),
         jnp.zeros(rows.shape, jnp.float32),
     )
     m, l, acc = jax.lax.fori_loop(0, blocks, attend_block, init)
     seen = l > 0
     total = jnp.where(seen, l, 1.0)
-    out = acc.reshape(*per_row, head_dim) / total[..., None]
     lse = jnp.where(seen, m + jnp.log(total), -jnp.inf)
-    out = out.transpose(0, 3, 1, 2, 4).reshape(q.shape)
-    return out, lse.transpose(0, 3, 1, 2).reshape(batch, q_tokens, q_heads)
+    per_row = (batch, kv_heads, group, q_tokens)
+    out = (acc / total[..., None]).reshape(*per_row, head_dim).transpose(0, 3, 1, 2, 4)
+    lse = lse.reshape(per_row).transpose(0, 3, 1, 2)
+    return out.reshape(q.shape), lse.reshape(q.shape[:3])
+
+
+def _hide(score: jax.Array, v: jax.Array, sees: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Masks scores that `sees`, `bool[batch, q_tokens, keys]`, forbids, and values nobody sees."""
+    group = score.shape[2] // sees.shape[1]
+    score = jnp.where(jnp.tile(sees, (1, group, 1))[:, None], score, -jnp.inf)
+    used = jnp.any(sees, axis=1)[:, None, :, None]
+    return score, jnp.where(used, v, 0.0)  # it may be NaN, and 0 * NaN is NaN
 
 
 def _gather(pool: jax.Array, layer: int | jax.Array, page: jax.Array) -> jax.Array:

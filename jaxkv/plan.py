@@ -1,0 +1,31 @@
+"""Predicts a cache's bytes before anything is allocated."""
+
+import dataclasses
+import math
+
+import jax
+
+from jaxkv.cache import KVCache
+from jaxkv.config import CacheConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Bytes of a cache: each layer group's arrays, and the whole with the shared state."""
+
+    groups: tuple[int, ...]
+    total: int
+
+
+def plan(config: CacheConfig) -> Plan:
+    """Returns the bytes that `KVCache.create(config)` would allocate, exactly.
+
+    Raises:
+      ValueError: the configuration can't be.
+    """
+    abstract = jax.eval_shape(lambda: KVCache.create(config))
+    return Plan(groups=tuple(map(_bytes, abstract.groups)), total=_bytes(abstract))
+
+
+def _bytes(tree) -> int:
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))

@@ -1,0 +1,190 @@
+"""Streams text from a model through the paged cache; `--help` teaches the options."""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import jax
+import tyro
+from rich.console import Console
+from rich.progress import Progress
+
+import jaxkv
+import models
+from models.smollm2 import cache_folder
+from scripts.command import keep_compiled_programs, run_command
+
+
+@dataclasses.dataclass
+class Args:
+    """Streams a continuation of one or more prompts.
+
+    Examples:
+      generate.py --model smollm2 --prompt "The capital of France is"
+      generate.py --chat --prompt "Why is the sky blue?" --prompt "Name three whales."
+      generate.py --window 256 --sink-tokens 4 --prompt-file book.txt --max-tokens 2000
+    """
+
+    model: str = "smollm2"
+    """'smollm2' (98 MB, fetched once), a GGUF file, or a Hugging Face folder."""
+    prompt: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="TEXT")] = ()
+    """Prompt text; repeat for a batch. Without it and --prompt-file: standard input."""
+    prompt_file: Path | None = None
+    """File with one more prompt."""
+    chat: bool = False
+    """Wrap each prompt in the model's chat template as a user's message."""
+    max_tokens: int = 128
+    """Most new tokens of each prompt."""
+    temperature: float = 0.0
+    """0 is greedy; higher is more random."""
+    top_k: int | None = None
+    """Draw among the K most likely tokens."""
+    top_p: float | None = None
+    """Draw among the most likely tokens that together reach this probability."""
+    min_p: float | None = None
+    """Drop tokens less likely than this times the best one."""
+    seed: int = 0
+    """Of the draws."""
+    window: int | None = None
+    """Attend to the newest so many tokens only: constant memory for any length."""
+    sink_tokens: int = 0
+    """First tokens kept beside the window for ever (StreamingLLM; 4 is usual)."""
+    sink_positions: Literal["original", "cache"] = "original"
+    """'cache' keeps sinks at a bounded distance, for streams past the trained context."""
+    page_size: int = 64
+    """Tokens a cache page."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Of weights and cache; default: float32 on a CPU, bfloat16 elsewhere."""
+    backend: Literal["xla", "gpu", "tpu", "reference"] | None = None
+    """Attention backend; default: the platform's."""
+    json: bool = False
+    """Last line of standard output: one JSON object with everything."""
+
+
+def read_prompts(args: Args) -> list[str]:
+    """The prompts' texts, from flags, file or standard input; ValueError if there are none."""
+    prompts = list(args.prompt)
+    if args.prompt_file is not None:
+        try:
+            prompts.append(args.prompt_file.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ValueError(f"--prompt-file {args.prompt_file}: {error.strerror}.") from None
+        except UnicodeDecodeError:
+            raise ValueError(f"--prompt-file {args.prompt_file}: must be UTF-8 text.") from None
+    if not prompts:
+        if sys.stdin.isatty():
+            raise ValueError("no prompt: give --prompt TEXT, --prompt-file FILE or standard input.")
+        prompts.append(sys.stdin.read())
+    for number, text in enumerate(prompts):
+        if not text:
+            raise ValueError(f"prompt {number} is empty: give some text.")
+    return prompts
+
+
+def main(args: Args) -> int:
+    """Loads, generates, streams, reports; returns the exit code."""
+    log = Console(stderr=True, highlight=False)
+    sampling = jaxkv.Sampling(
+        temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, min_p=args.min_p
+    ).checked()
+    if args.max_tokens < 1:
+        raise ValueError(f"--max-tokens {args.max_tokens} must be at least 1.")
+    texts = read_prompts(args)
+    keep_compiled_programs(cache_folder() / "xla")
+    with Progress(console=log, transient=True, disable=not log.is_terminal) as progress:
+        checkpoint = models.open_checkpoint(args.model, say=lambda line: log.print(line, style="dim"))
+        tokenizer = checkpoint.load_tokenizer()
+        task = progress.add_task("loading weights", total=None)
+        model = models.load(
+            checkpoint,
+            dtype=args.dtype,
+            progress=lambda done, of: progress.update(task, completed=done, total=of),
+        )
+    if args.chat:
+        chats = [tokenizer.apply_chat([{"role": "user", "content": text}]) for text in texts]
+        prompts = [tokenizer.encode(text) for text in chats]
+    else:
+        prompts = [tokenizer.encode(text) for text in texts]
+
+    streams = [tokenizer.stream() for _ in prompts]
+    alone = len(prompts) == 1
+    pieces: list[list[str]] = [[] for _ in prompts]
+
+    def show(new: list[list[int]]) -> None:
+        for number, tokens in enumerate(new):
+            piece = streams[number].push(tokens)
+            pieces[number].append(piece)
+            if alone:
+                print(piece, end="", flush=True)
+        if not alone:
+            count = sum(len(piece) for piece in pieces[0])
+            status.update(f"prompt 0, {count} characters: …{''.join(pieces[0])[-60:]!r}")
+
+    with log.status("compiling (kept for the next start)") as status:
+
+        def prefilled(done: int, of: int) -> None:
+            status.update(f"prefill {done}/{of} tokens")
+            if done == of and alone:
+                status.stop()
+
+        result = jaxkv.generate(
+            model,
+            prompts,
+            max_tokens=args.max_tokens,
+            sampling=sampling,
+            seed=args.seed,
+            stop_ids=tokenizer.eos_ids or None,
+            window=args.window,
+            sink_tokens=args.sink_tokens,
+            sink_positions=args.sink_positions,
+            page_size=args.page_size,
+            backend=args.backend,
+            on_tokens=show,
+            on_prefill=prefilled,
+        )
+    for number, stream in enumerate(streams):
+        pieces[number].append(stream.flush())
+    outputs = ["".join(piece) for piece in pieces]
+    if alone:
+        print(pieces[0][-1])
+    else:
+        for number, (text, output) in enumerate(zip(texts, outputs, strict=True)):
+            print(f"--- {number}: {text[:60]!r} ---\n{output}")
+    report = jaxkv.explain(result.config, backend=args.backend)
+    log.print(
+        f"prefill {result.prompt_tokens} tokens, {result.prefill_speed:.0f} tokens/s; decode "
+        f"{sum(map(len, result.tokens))} tokens, {result.decode_speed:.1f} tokens/s; "
+        f"compiled in {result.compile_seconds:.1f} s; cache {result.bytes_peak / 2**20:.1f} MiB "
+        f"used of {result.bytes_reserved / 2**20:.1f} MiB reserved; "
+        f"ended by {', '.join(result.stop_reasons)}",
+        style="dim",
+        soft_wrap=True,
+    )
+    for group in report:
+        log.print(f"{group} on {jax.default_backend()}", style="dim", soft_wrap=True)
+    if args.json:
+        print(json.dumps(as_json(texts, outputs, result, report)))
+    return 0
+
+
+def as_json(texts, outputs, result, report) -> dict:
+    """Everything that was asked, made and measured, as plain values."""
+    return {
+        "prompts": texts,
+        "tokens": result.tokens,
+        "text": outputs,
+        "stop_reason": result.stop_reasons,
+        "prompt_tokens": result.prompt_tokens,
+        "prefill_tokens_per_second": result.prefill_speed,
+        "decode_tokens_per_second": result.decode_speed,
+        "compile_seconds": result.compile_seconds,
+        "cache_bytes_used": result.bytes_peak,
+        "cache_bytes_reserved": result.bytes_reserved,
+        "layers": [str(group) for group in report],
+    }
+
+
+if __name__ == "__main__":
+    run_command(main, Args)
