@@ -6,6 +6,7 @@ the old one and the pages are updated in place.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -244,12 +245,12 @@ class KVCache:
 
         Args:
           src: `i32[n]` or an int, sequences to copy, as they are before the call.
-          dst: like `src`, all different.
+          dst: like `src`, all different; only those below `batch` are looked at.
         """
         src, dst = (jnp.atleast_1d(jnp.asarray(x, jnp.int32)) for x in (src, dst))
         bind_dims(src=(src, "forks"), dst=(dst, "forks"))
         size = self.config.page_size
-        acts = src != dst
+        acts = (src != dst) & (dst >= 0)
         target = jnp.where(acts, dst, self.config.batch)  # out of range is dropped
         length = self.lengths[src]
         last = (length // size)[:, None]  # logical page that is unfinished, if any
@@ -259,7 +260,8 @@ class KVCache:
         states, unfinished = [], []
         for state, source in zip(self.groups, sources, strict=True):
             page = jnp.where(copies[:, None], look_up(source, last), NULL_PAGE)
-            shared = jnp.where((entries(source) == page) | ~acts[:, None], NULL_PAGE, entries(source))
+            held = entries(source)
+            shared = jnp.where((held == page) | ~acts[:, None], NULL_PAGE, held)
             state = dataclasses.replace(state, pool=retain(state.pool, shared))
             ended = jnp.zeros(self.config.batch, bool).at[target].set(True, mode="drop")
             states.append(_drop_sequences(state, ended))
@@ -320,16 +322,15 @@ def _write(
 ) -> GroupState:
     size = state.k_pages.shape[3]
     row = jnp.arange(position.shape[1], dtype=jnp.int32)[None]
-    place = dict(
+    write = functools.partial(
+        write_pages,
         layer=layer,
         page=look_up(state.tables, position // size),
         slot=position % size,
         writes=row < pending[:, None],
     )
     return dataclasses.replace(
-        state,
-        k_pages=write_pages(state.k_pages, k, **place),
-        v_pages=write_pages(state.v_pages, v, **place),
+        state, k_pages=write(state.k_pages, k), v_pages=write(state.v_pages, v)
     )
 
 

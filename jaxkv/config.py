@@ -100,6 +100,8 @@ class CacheConfig:
 
     def checked(self) -> "CacheConfig":
         """Returns itself; raises ValueError naming the value that can't be."""
+        if not isinstance(self.layers, tuple):
+            raise ValueError(f"layers must be a tuple, not {type(self.layers).__name__}.")
         if not self.layers:
             raise ValueError("layers=() must name at least one layer.")
         for spec in self.layers:
@@ -130,18 +132,16 @@ class CacheConfig:
         return tuple(self._group(spec, tuple(layers)) for spec, layers in members.items())
 
     def _group(self, spec: LayerSpec, layers: tuple[int, ...]) -> LayerGroup:
-        longest = None if self.max_tokens is None else cdiv(self.max_tokens, self.page_size)
         sink_pages = cdiv(spec.stored_sink_tokens, self.page_size)
-        if longest is not None:
-            sink_pages = min(sink_pages, longest)
-        if spec.window is None:
-            width = longest
-        else:
+        widths = []
+        if spec.window is not None:
             # The newest step's tokens and the window of its oldest query, at any alignment.
-            width = cdiv(spec.window + self.max_new_tokens - 2, self.page_size) + 1
-            if longest is not None:
-                width = min(width, longest - sink_pages)
-        width = max(width, 1)
+            widths.append(cdiv(spec.window + self.max_new_tokens - 2, self.page_size) + 1)
+        if self.max_tokens is not None:
+            longest = cdiv(self.max_tokens, self.page_size)
+            sink_pages = min(sink_pages, longest)
+            widths.append(longest - sink_pages)
+        width = max(min(widths), 1)
         pages = 1 + self.batch * (width + sink_pages)
         if self.pages is not None:
             pages = min(pages, self.pages)

@@ -30,12 +30,15 @@ class Model(Protocol):
 
     def __call__(self, tokens: jax.Array, cache: KVCache, *, backend: Backend | None) -> Any:
         """Returns `(hidden, cache)` of a prepared step."""
+        ...
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
         """Returns logits."""
+        ...
 
     def layer_specs(self, **options) -> tuple[LayerSpec, ...]:
         """Describes the layers to the cache."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -371,7 +374,7 @@ def _no_hidden(model, batch: int) -> jax.Array:
 
 
 def _compile(model, cache, padded, draw, chunk, block, backend) -> None:
-    """Compiles what `generate` will call, so that its time is told apart; JAX keeps the programs."""
+    """Compiles what `generate` will call, to tell its time apart; JAX keeps the programs."""
     shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
     abstract = jax.tree.map(shape, cache)
     batch = padded.shape[0]

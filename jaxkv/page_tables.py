@@ -55,9 +55,7 @@ def look_up(tables: PageTables, logical: jax.Array) -> jax.Array:
     return jnp.where(logical < sink_pages, sink, ring)
 
 
-def enter(
-    tables: PageTables, logical: jax.Array, page: jax.Array, where: jax.Array
-) -> PageTables:
+def enter(tables: PageTables, logical: jax.Array, page: jax.Array, where: jax.Array) -> PageTables:
     """Writes `page` as the id of `logical` where `where`; all `[batch, n]`."""
     batch, width = tables.ring.shape
     sink_pages = tables.sinks.shape[1]

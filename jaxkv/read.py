@@ -36,7 +36,7 @@ def attend_segments(
     stop = lengths + pending
     sink_stop = jnp.minimum(stop, group.sink_pages * page_size)
 
-    def segment(q, table, kv_start, kv_stop):
+    def segment(q, table, kv_start, kv_stop, sink_tokens=0):
         return paged_attention(
             q,
             k_pages,
@@ -49,7 +49,7 @@ def attend_segments(
             kv_stop=kv_stop,
             scale=scale,
             window=window,
-            sink_tokens=sink_tokens if table is tables.sinks else 0,
+            sink_tokens=sink_tokens,
             soft_cap=soft_cap,
             backend=backend,
         )
@@ -59,12 +59,14 @@ def attend_segments(
     if group.sink_pages:
         zero = jnp.zeros_like(stop)
         if q_sink is None:
-            out, lse = merge(out, lse, *segment(q, tables.sinks, zero, sink_stop))
+            sinks = segment(q, tables.sinks, zero, sink_stop, sink_tokens)
+            out, lse = merge(out, lse, *sinks)
         else:
             # Only the sink tokens see the re-rotated query; others that share their last page
             # are ordinary tokens of the window.
             border = jnp.minimum(stop, sink_tokens)
-            out, lse = merge(out, lse, *segment(q_sink, tables.sinks, zero, border))
+            sinks = segment(q_sink, tables.sinks, zero, border, sink_tokens)
+            out, lse = merge(out, lse, *sinks)
             if sink_tokens % page_size:
                 out, lse = merge(out, lse, *segment(q, tables.sinks, border, sink_stop))
     return out if sink_logits is None else add_learned_sink(out, lse, sink_logits)[0]

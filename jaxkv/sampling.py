@@ -27,7 +27,7 @@ class Sampling:
     min_p: float | None = None
 
     def checked(self) -> "Sampling":
-        """Returns itself with a temperature of 0 made None; raises ValueError naming a bad value."""
+        """Returns itself, greedy if temperature is 0; raises ValueError naming a bad value."""
         if self.temperature is not None and not 0 <= self.temperature < float("inf"):
             raise ValueError(f"temperature={self.temperature} must be at least 0.")
         if self.top_k is not None and self.top_k < 1:

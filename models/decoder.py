@@ -66,11 +66,12 @@ class Decoder(nnx.Module):
         """
         x = self.embedding[...][tokens]
         position = cache.positions(tokens.shape[1])
-        turned = angles(self.config.rope, position)
+        rope = self.config.rope
+        turned = angles(rope, position)
         limits = [spec.q_sink_limit for spec in cache.config.layers]
         sink_turned = {
-            limit: angles(self.config.rope, jnp.minimum(position, limit))
-            for limit in set(limits) - {None}
+            limit: None if limit is None else angles(rope, jnp.minimum(position, limit))
+            for limit in set(limits)
         }
         if isinstance(self.layers, Block):
             if len(cache.config.groups) != 1:
@@ -80,13 +81,14 @@ class Decoder(nnx.Module):
             def body(carry, weights_and_index):
                 weights, index = weights_and_index
                 block = nnx.merge(graph, weights)
-                return block(*carry, (0, index), turned, sink_turned.get(limits[0]), backend), None
+                x, cache = carry
+                return block(x, cache, (0, index), turned, sink_turned[limits[0]], backend), None
 
             index = jnp.arange(self.config.layers, dtype=jnp.int32)
             (x, cache), _ = jax.lax.scan(body, (x, cache), (stacked, index))
         else:
             for layer, block in enumerate(self.layers):
-                x, cache = block(x, cache, layer, turned, sink_turned.get(limits[layer]), backend)
+                x, cache = block(x, cache, layer, turned, sink_turned[limits[layer]], backend)
         return self.norm(x), cache
 
     def unembed(self, hidden: jax.Array) -> jax.Array:

@@ -3,6 +3,8 @@
 Every parameter takes a `stack` of leading axes: `(layers,)` when blocks are scanned, `()` for one.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -60,9 +62,9 @@ class Attention(nnx.Module):
         out = (*stack, config.q_heads * config.head_dim, config.hidden_size)
         self.out = _weight(rngs, out, dtype, out[-2])
         self.out_bias = _bias(config.output_bias, (*stack, config.hidden_size), dtype)
-        norm = dict(eps=config.norm_eps, stack=stack, dtype=dtype)
-        self.q_norm = RMSNorm(config.head_dim, **norm) if config.qk_norm else None
-        self.k_norm = RMSNorm(config.head_dim, **norm) if config.qk_norm else None
+        norm = functools.partial(RMSNorm, eps=config.norm_eps, stack=stack, dtype=dtype)
+        self.q_norm = norm(config.head_dim) if config.qk_norm else None
+        self.k_norm = norm(config.head_dim) if config.qk_norm else None
         self.group = config.group
 
     def __call__(
@@ -120,10 +122,10 @@ class Block(nnx.Module):
     """One pre-norm transformer layer."""
 
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs, *, stack: Stack = (), dtype):
-        norm = dict(eps=config.norm_eps, stack=stack, dtype=dtype)
-        self.attention_norm = RMSNorm(config.hidden_size, **norm)
+        norm = functools.partial(RMSNorm, eps=config.norm_eps, stack=stack, dtype=dtype)
+        self.attention_norm = norm(config.hidden_size)
         self.attention = Attention(config, rngs, stack=stack, dtype=dtype)
-        self.mlp_norm = RMSNorm(config.hidden_size, **norm)
+        self.mlp_norm = norm(config.hidden_size)
         self.mlp = GatedMLP(config, rngs, stack=stack, dtype=dtype)
 
     def __call__(

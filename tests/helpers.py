@@ -1,4 +1,4 @@
-"""Builders that tests share: caches driven by random steps beside the plain history they stand for."""
+"""Builders that tests share: a cache driven beside the plain history it stands for."""
 
 import dataclasses
 import functools
@@ -32,13 +32,16 @@ def poison_unread(cache: KVCache) -> KVCache:
                     live[ring[b, page % spec.table_width], j % size] = True
         assert not live[0].any(), "the null page holds live tokens"
         hide = ~live[None, :, None, :, None]
-        poison = lambda x: np.where(hide, np.asarray(np.nan, x.dtype), np.asarray(x))
         groups.append(
             dataclasses.replace(
-                state, k_pages=jnp.asarray(poison(state.k_pages)), v_pages=jnp.asarray(poison(state.v_pages))
+                state, k_pages=_poison(state.k_pages, hide), v_pages=_poison(state.v_pages, hide)
             )
         )
     return dataclasses.replace(cache, groups=tuple(groups))
+
+
+def _poison(pages: jax.Array, hide: np.ndarray) -> jax.Array:
+    return jnp.asarray(np.where(hide, np.asarray(np.nan, pages.dtype), np.asarray(pages)))
 
 
 @functools.partial(
@@ -65,16 +68,22 @@ def step(cache, new_tokens, accepted, qs, ks, vs, q_sink, sink_logits, *, scale,
     return cache.commit(accepted), outs
 
 
-oracle = jax.jit(
-    dense_attention, static_argnames=("scale", "window", "sink_tokens", "soft_cap")
-)
+oracle = jax.jit(dense_attention, static_argnames=("scale", "window", "sink_tokens", "soft_cap"))
 
 
 class Twin:
     """A cache and, beside it, every sequence's whole history, attended by the dense formula."""
 
-    def __init__(self, config: CacheConfig, *, q_heads: int, seed: int = 0, sinks: bool = False,
-                 soft_cap: float | None = None, backend: str | None = None):
+    def __init__(
+        self,
+        config: CacheConfig,
+        *,
+        q_heads: int,
+        seed: int = 0,
+        sinks: bool = False,
+        soft_cap: float | None = None,
+        backend: str | None = None,
+    ):
         self.config, self.q_heads, self.backend = config, q_heads, backend
         self.rng = np.random.default_rng(seed)
         self.cache = KVCache.create(config)
@@ -102,8 +111,17 @@ class Twin:
             self.cache = poison_unread(self.cache)
         as_i32 = lambda x: jnp.asarray(x, jnp.int32)
         self.cache, outs = step(
-            self.cache, as_i32(new_tokens), as_i32(accepted), q, k, v, q_sink, self.sink_logits,
-            scale=self.scale, soft_cap=self.soft_cap, backend=self.backend,
+            self.cache,
+            as_i32(new_tokens),
+            as_i32(accepted),
+            q,
+            k,
+            v,
+            q_sink,
+            self.sink_logits,
+            scale=self.scale,
+            soft_cap=self.soft_cap,
+            backend=self.backend,
         )
         pairs = []
         granted = np.asarray(~(self.cache.starved | self.cache.too_long))

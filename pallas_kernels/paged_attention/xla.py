@@ -50,7 +50,7 @@ def paged_attention(
         kv_start = jnp.maximum(kv_start, q_start - window + 1)
     kv_stop = jnp.minimum(kv_stop, q_start + q_lens)
     first_page = kv_start // page_size
-    pages = jnp.where(kv_stop > kv_start, -(-kv_stop // page_size) - first_page, 0)
+    pages = jnp.where((kv_stop > kv_start) & (q_lens > 0), -(-kv_stop // page_size) - first_page, 0)
     blocks = -(-jnp.max(pages) // block)
 
     def attend_block(step, state):
@@ -105,7 +105,7 @@ def _hide(score: jax.Array, v: jax.Array, sees: jax.Array) -> tuple[jax.Array, j
 
 
 def _gather(pool: jax.Array, layer: int | jax.Array, page: jax.Array) -> jax.Array:
-    """Keys or values of `page`, `i32[batch, block]`, as `f32[batch, kv_heads, tokens, head_dim]`."""
+    """Keys or values of `page`, `i32[batch, block]`: `f32[batch, kv_heads, tokens, head_dim]`."""
     head = jnp.arange(pool.shape[2], dtype=jnp.int32)[None, :, None]
     x = pool[layer, page[:, None, :], head]  # [batch, kv_heads, block, page_size, head_dim]
     return x.reshape(*x.shape[:2], -1, x.shape[-1]).astype(jnp.float32)

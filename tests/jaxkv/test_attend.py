@@ -3,9 +3,9 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests.helpers import TOLERANCE, Twin
 
 from jaxkv import CacheConfig, KVCache, LayerSpec
+from tests.helpers import TOLERANCE, Twin
 
 PAGE = 8
 # Each step's new tokens: prefill in uneven chunks, decode, verify; lengths 1, page +- 1.
@@ -34,9 +34,7 @@ def make_twin(windows, *, sink_tokens=0, sink_positions="original", dtype="float
         )
         for window in windows
     )
-    config = CacheConfig(
-        layers=layers, batch=3, max_tokens=80, max_new_tokens=13, page_size=PAGE
-    )
+    config = CacheConfig(layers=layers, batch=3, max_tokens=80, max_new_tokens=13, page_size=PAGE)
     return Twin(config, q_heads=6, **options)
 
 

@@ -1,0 +1,204 @@
+"""What every KV codec offers: codes and per-token factors for one head vector, and exact bytes.
+
+A `TensorCodec` quantizes keys or values, a `KVCodec` pairs two with what the cache must know.
+How codes lie in memory is a layout's business (`packing`, `layouts`), attention is the op's.
+
+Input that is not finite: NaN counts as 0 and +-inf as +-1e30 in its own token, whose factor
+saturates; the token dequantizes to finite values and no other token changes.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxkv.codecs.factors import FLOAT16_MAX, load_factor
+
+INPUT_MAX = 1e30  # sums of squares of the ratio to it stay far from overflow
+SMALLEST = 1e-30  # a vector below it in every channel counts as zero: its factor would be, too
+_MEAN_DTYPE = jnp.dtype("float16")
+
+
+class Quantized(NamedTuple):
+    """Logical record of vectors: `codes[..., head_dim]`, each factor `[...]`, as stored."""
+
+    codes: jax.Array  # u8, i8, fp8 or, for Exact, the values
+    factors: tuple[jax.Array, ...]  # f16, or u8 for ue5m3: scale, then zero where there is one
+
+
+@dataclass(frozen=True)
+class TensorCodec:
+    """Base of the codecs of one tensor: static, hashable, never traced.
+
+    A vector reads as `scale * code_values(codes) + zero`, so attention may work on
+    `code_values` and fold scale and zero into scores, probabilities and a sum.
+    """
+
+    rotated: ClassVar[bool] = False  # codes live in the rotated space: rotate q, unrotate outputs
+
+    @property
+    def bits(self) -> int:
+        """Bits of one code."""
+        raise NotImplementedError
+
+    @property
+    def codes_dtype(self) -> jnp.dtype:
+        """Dtype of unpacked codes."""
+        return jnp.dtype("uint8")
+
+    @property
+    def factor_dtypes(self) -> tuple[jnp.dtype, ...]:
+        """Stored dtype of each factor."""
+        return ()
+
+    @property
+    def uses_mean(self) -> bool:
+        """Whether `quantize` expects a per-channel mean to be removed."""
+        return False
+
+    def bytes_per_token(self, head_dim: int) -> int:
+        """Stored bytes of one token and head: packed codes and factors, no padding.
+
+        Raises:
+          ValueError: the codes of a vector do not fill whole bytes.
+        """
+        code_bits = self.bits * head_dim
+        if code_bits % 8:
+            raise ValueError(f"{head_dim=} times {self.bits} bits is no whole number of bytes.")
+        return code_bits // 8 + sum(dtype.itemsize for dtype in self.factor_dtypes)
+
+    def quantize(self, x: jax.Array, mean: jax.Array | None = None) -> Quantized:
+        """Codes and factors of `x - mean`, each vector of the last axis by itself.
+
+        Args:
+          x: `[..., head_dim]`, any float dtype; arithmetic is float32.
+          mean: broadcastable to x (trailing axes), or None for zero.
+        """
+        raise NotImplementedError
+
+    def code_values(self, codes: jax.Array) -> jax.Array:
+        """What the codes stand for before scale and zero, `f32[..., head_dim]`."""
+        return codes.astype(jnp.float32)
+
+    def factor_values(self, factors: tuple[jax.Array, ...]) -> tuple[jax.Array | None, ...]:
+        """`(scale, zero)`, each `f32[...]`, or None where it would be 1 or 0."""
+        values = [load_factor(factor) for factor in factors]
+        return (*values, *[None] * (2 - len(values)))
+
+    def dequantize(self, quantized: Quantized) -> jax.Array:
+        """Vectors `f32[..., head_dim]`, without the mean, in the rotated space if `rotated`."""
+        values = self.code_values(quantized.codes)
+        scale, zero = self.factor_values(quantized.factors)
+        values = values if scale is None else values * scale[..., None]
+        return values if zero is None else values + zero[..., None]
+
+    def rotate(self, x: jax.Array) -> jax.Array:
+        """Brings queries into the space of the codes, `f32[..., head_dim]`; keeps products."""
+        return x.astype(jnp.float32)
+
+    def unrotate(self, x: jax.Array) -> jax.Array:
+        """Brings outputs back, `f32[..., head_dim]`."""
+        return x.astype(jnp.float32)
+
+
+def dequantize_original(
+    codec: TensorCodec, quantized: Quantized, mean: jax.Array | None = None
+) -> jax.Array:
+    """Vectors as they came in, `f32[..., head_dim]`: unrotated, the mean added back."""
+    x = codec.unrotate(codec.dequantize(quantized))
+    return x if mean is None else x + _mean_like(mean, x)
+
+
+@dataclass(frozen=True)
+class Exact(TensorCodec):
+    """The identity: values kept in `dtype`, NaN and infinity included."""
+
+    dtype: str = "bfloat16"
+
+    @property
+    def bits(self) -> int:
+        return 8 * self.codes_dtype.itemsize
+
+    @property
+    def codes_dtype(self) -> jnp.dtype:
+        return jnp.dtype(self.dtype)
+
+    def quantize(self, x: jax.Array, mean: jax.Array | None = None) -> Quantized:
+        if mean is not None:
+            raise ValueError("Exact keeps values as they are; mean must be None.")
+        return Quantized(x.astype(self.codes_dtype), ())
+
+
+@dataclass(frozen=True, kw_only=True)
+class KVCodec:
+    """A key codec, a value codec, and what is kept exact around them; static and hashable.
+
+    `key_mean` says which per-channel mean the cache removes from keys: None, "static" (given
+    with the model) or "page" (`page_mean`, stored with each page). The caller adds `q @ mean`
+    to the scores. `recent_pages` and `sink_tokens` are defaults a cache may override.
+    """
+
+    name: str
+    key: TensorCodec
+    value: TensorCodec
+    recent_pages: int = 0
+    sink_tokens: int = 0
+    key_mean: Literal["static", "page"] | None = None
+
+    def __post_init__(self):
+        if self.key_mean not in (None, "static", "page"):
+            raise ValueError(f"{self.key_mean=} must be None, 'static' or 'page'.")
+        if (self.key_mean is not None) != self.key.uses_mean:
+            raise ValueError(f"{self.key_mean=} disagrees with {self.key.uses_mean=}.")
+        if self.value.uses_mean:
+            raise ValueError("Values have no mean: value.uses_mean must be False.")
+        if self.key_mean == "page" and self.recent_pages < 1:
+            raise ValueError(f"{self.recent_pages=} must be at least 1 with a page mean.")
+
+    @property
+    def lossy(self) -> bool:
+        """False iff both tensors are kept exactly."""
+        return not (isinstance(self.key, Exact) and isinstance(self.value, Exact))
+
+    def page_bytes(self, head_dim: int, page_size: int) -> int:
+        """Stored bytes of one page and kv head: keys, values and the page's mean."""
+        token = self.key.bytes_per_token(head_dim) + self.value.bytes_per_token(head_dim)
+        mean = head_dim * _MEAN_DTYPE.itemsize if self.key_mean == "page" else 0
+        return page_size * token + mean
+
+    def bits_per_value(self, head_dim: int, page_size: int) -> float:
+        """Stored bits per cached number, keys and values averaged; exact tokens left out."""
+        return self.page_bytes(head_dim, page_size) * 8 / (2 * head_dim * page_size)
+
+
+def page_mean(x: jax.Array, axis: int, valid: jax.Array | None = None) -> jax.Array:
+    """Per-channel mean over the tokens of a page, as stored: `f16`, x without `axis`.
+
+    Tokens with a channel that is not finite or beyond float16's range do not enter, so one bad
+    token cannot spoil its page. A page without a good token has mean zero.
+
+    Args:
+      x: `[..., head_dim]`.
+      axis: the token axis, not the last one.
+      valid: `bool`, x's shape without head_dim: tokens to count; None for all.
+    """
+    x = x.astype(jnp.float32)
+    axis = axis % x.ndim
+    good = jnp.all(jnp.abs(x) <= FLOAT16_MAX, axis=-1)  # False for NaN
+    good = good if valid is None else good & valid
+    total = jnp.sum(jnp.where(good[..., None], x, 0), axis=axis)
+    count = jnp.sum(good.astype(jnp.float32), axis=axis)[..., None]
+    return (total / jnp.maximum(count, 1)).astype(_MEAN_DTYPE)
+
+
+def finite_input(x: jax.Array, mean: jax.Array | None = None) -> jax.Array:
+    """`x - mean` in float32 with NaN as 0 and magnitudes limited to `INPUT_MAX`."""
+    clean = lambda a: jnp.clip(jnp.where(jnp.isnan(a), 0, a), -INPUT_MAX, INPUT_MAX)
+    x = clean(x.astype(jnp.float32))
+    return x if mean is None else x - clean(_mean_like(mean, x))
+
+
+def _mean_like(mean: jax.Array, x: jax.Array) -> jax.Array:
+    return jnp.broadcast_to(jnp.asarray(mean).astype(np.float32), x.shape)

@@ -1,0 +1,34 @@
+"""Which page layout a platform reads."""
+
+import functools
+
+from jaxkv.codecs.codec import KVCodec
+from jaxkv.codecs.packing import PARTS
+from jaxkv.codecs.page_layout import PageLayout
+from jaxkv.codecs.token_major import TokenMajor
+from jaxkv.codecs.tokens_on_lanes import TokensOnLanes
+
+
+def default_layout(
+    codec: KVCodec, *, platform: str, kv_heads: int, head_dim: int, page_size: int
+) -> PageLayout:
+    """The layout for "cpu", "gpu" or "tpu".
+
+    GPUs get 32-bit words from head_dim 128 on where they fit, 16-bit ones otherwise, bytes last.
+
+    Raises:
+      ValueError: unknown platform, or a shape that the layout cannot hold.
+    """
+    if platform not in ("cpu", "gpu", "tpu"):
+        raise ValueError(f"{platform=} must be 'cpu', 'gpu' or 'tpu'.")
+    kind = TokensOnLanes
+    if platform != "tpu":
+        word_bits = _gpu_word_bits(codec, head_dim) if platform == "gpu" else 8
+        kind = functools.partial(TokenMajor, word_bits=word_bits)
+    return kind(codec=codec, kv_heads=kv_heads, head_dim=head_dim, page_size=page_size)
+
+
+def _gpu_word_bits(codec: KVCodec, head_dim: int) -> int:
+    widths = [w for t in (codec.key, codec.value) if t.bits < 8 for w in PARTS[t.bits]]
+    fits = lambda word_bits: all(head_dim * width % word_bits == 0 for width in widths)
+    return 32 if head_dim >= 128 and fits(32) else 16 if fits(16) else 8

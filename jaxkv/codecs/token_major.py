@@ -1,0 +1,78 @@
+"""Page layout for XLA on CPU (bytes) and for GPUs (16- or 32-bit words): a row a token."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from jaxkv.codecs.codec import Quantized
+from jaxkv.codecs.packing import PARTS, check_packable, pack_planes, unpack_planes
+from jaxkv.codecs.page_layout import Arrays, PageLayout
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenMajor(PageLayout):
+    """`[kv_heads, tokens, words]` for each of keys and values, in planes (`packing`).
+
+    Arrays are `k_codes`, `v_codes` (8-bit and exact codes unpacked, in their own dtype),
+    `k_high`, `v_high` (third bit of 3-bit codes), `k_factors`, `v_factors`
+    (`[factors, kv_heads, tokens]`; one dtype a tensor).
+    """
+
+    word_bits: int = 8
+
+    def __post_init__(self):
+        for tensor in (self.codec.key, self.codec.value):
+            if tensor.bits in (2, 3, 4):
+                check_packable(self.head_dim, tensor.bits, self.word_bits)
+        self._check_waste()
+
+    @property
+    def arrays(self) -> dict[str, jax.ShapeDtypeStruct]:
+        rows = (self.kv_heads, self.page_size)
+        arrays = {}
+        for side, tensor in (("k", self.codec.key), ("v", self.codec.value)):
+            if tensor.bits in (2, 3, 4):
+                for name, width in zip(("codes", "high"), PARTS[tensor.bits], strict=False):
+                    words = self.head_dim * width // self.word_bits
+                    dtype = jnp.dtype(f"uint{self.word_bits}")
+                    arrays[f"{side}_{name}"] = jax.ShapeDtypeStruct((*rows, words), dtype)
+            else:
+                shape = (*rows, self.head_dim)
+                arrays[f"{side}_codes"] = jax.ShapeDtypeStruct(shape, tensor.codes_dtype)
+            if dtypes := tensor.factor_dtypes:
+                shape = (len(dtypes), *rows)
+                arrays[f"{side}_factors"] = jax.ShapeDtypeStruct(shape, dtypes[0])
+        return arrays
+
+    @property
+    def token_axes(self) -> dict[str, int]:
+        return {name: -1 if name.endswith("factors") else -2 for name in self.arrays}
+
+    def pack(self, key: Quantized, value: Quantized) -> Arrays:
+        arrays = {}
+        for side, tensor, record in (("k", self.codec.key, key), ("v", self.codec.value, value)):
+            if tensor.bits in (2, 3, 4):
+                words = pack_planes(record.codes, tensor.bits, self.word_bits)
+            else:
+                words = (record.codes,)
+            for name, word in zip(("codes", "high"), words, strict=False):
+                arrays[f"{side}_{name}"] = word
+            if record.factors:
+                arrays[f"{side}_factors"] = jnp.stack(record.factors, axis=-3)
+        return arrays
+
+    def unpack(self, arrays: Arrays) -> tuple[Quantized, Quantized]:
+        records = []
+        for side, tensor in (("k", self.codec.key), ("v", self.codec.value)):
+            codes = arrays[f"{side}_codes"]
+            if tensor.bits in (2, 3, 4):
+                words = [
+                    arrays[f"{side}_{n}"] for n in ("codes", "high")[: len(PARTS[tensor.bits])]
+                ]
+                codes = unpack_planes(tuple(words), tensor.bits)
+            factors = [
+                arrays[f"{side}_factors"][..., i, :, :] for i in range(len(tensor.factor_dtypes))
+            ]
+            records.append(Quantized(codes, tuple(factors)))
+        return records[0], records[1]

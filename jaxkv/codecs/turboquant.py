@@ -1,0 +1,114 @@
+"""TurboQuant: rotate, normalise, round to a Gaussian codebook; one factor a vector.
+
+After Zandieh et al., TurboQuant (2025), with the norm correction folded into the stored factor,
+optional signs before the transform, and optional search of the codes. Reading is
+`factor * level`; nothing is renormalised.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxkv.codecs.codebooks import Codebook, get_codebook
+from jaxkv.codecs.codec import SMALLEST, Quantized, TensorCodec, finite_input
+from jaxkv.codecs.factors import FACTOR_DTYPES, store_factor
+from jaxkv.codecs.rotation import channel_signs, rotate, unrotate
+
+# With 1, so that search can only gain. 12 of them take 4.5 % more off the 4-bit error than 8
+# from 0.84 to 1.13; 64 would take 1.5 % more.
+PRE_SCALES = (0.74, 0.78, 0.82, 0.86, 0.9, 0.95, 1.0, 1.05, 1.1, 1.15, 1.2, 1.25)
+FACTORS = ("norm", "least_squares", "unbiased")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TurboQuant(TensorCodec):
+    """Codes `c` of the rotated vector `y`, read as `factor * c`.
+
+    Attributes:
+      bits: 2, 3 or 4.
+      codebook: "cubic", "quintic" or "lloyd_max".
+      factor: "norm" keeps the length, `|y| / |c|` (the published one); "least_squares" has the
+        smallest error, `<y, c> / |c|^2`; "unbiased" makes `<y, factor c> = |y|^2`, so that
+        scores are not shrunk, `|y|^2 / <y, c>`.
+      factor_kind: "float16" or "ue5m3" (8 bits), see `factors`.
+      search: try `PRE_SCALES` before rounding, keep the codes of the best cosine.
+      sign_seed: seed of the fixed +-1 per channel before the transform; None for all ones.
+      mean: whether a per-channel mean is removed first.
+    """
+
+    rotated: ClassVar[bool] = True
+
+    bits: int = 4  # pyright: ignore[reportIncompatibleMethodOverride]
+    codebook: str = "cubic"
+    factor: Literal["norm", "least_squares", "unbiased"] = "norm"
+    factor_kind: Literal["float16", "ue5m3"] = "float16"
+    search: bool = False
+    sign_seed: int | None = None
+    mean: bool = False
+
+    def __post_init__(self):
+        get_codebook(self.codebook, self.bits)  # raises for what there is not
+        if self.factor not in FACTORS:
+            raise ValueError(f"factor={self.factor!r} must be one of {FACTORS}.")
+        if self.factor_kind not in FACTOR_DTYPES:
+            raise ValueError(f"factor_kind={self.factor_kind!r} must be 'float16' or 'ue5m3'.")
+
+    @property
+    def levels(self) -> Codebook:
+        return get_codebook(self.codebook, self.bits)
+
+    @property
+    def factor_dtypes(self) -> tuple[jnp.dtype, ...]:
+        return (FACTOR_DTYPES[self.factor_kind],)
+
+    @property
+    def uses_mean(self) -> bool:
+        return self.mean
+
+    def quantize(self, x: jax.Array, mean: jax.Array | None = None) -> Quantized:
+        if mean is not None and not self.mean:
+            raise ValueError(f"a mean was given, but {self.mean=}.")
+        x = finite_input(x, mean)
+        largest = jnp.max(jnp.abs(x), axis=-1)
+        largest = jnp.where(largest > SMALLEST, largest, 0)
+        # Over the largest magnitude squares neither overflow nor vanish; zero stays zero.
+        scaled = x / jnp.where(largest > 0, largest, 1)[..., None]
+        y = self.rotate(jnp.where(largest[..., None] > 0, scaled, 0))
+        root = np.float32(np.sqrt(x.shape[-1]))
+        norm = jnp.sqrt(jnp.sum(y * y, axis=-1))
+        z = y * (root / jnp.where(norm > 0, norm, 1))[..., None]
+        codes = self._codes(z)
+        level = self.code_values(codes)
+        product, square = jnp.sum(z * level, axis=-1), jnp.sum(level * level, axis=-1)
+        factor = {  # of z, whose length is root; no level is 0, so square > 0
+            "norm": lambda: root / jnp.sqrt(square),
+            "least_squares": lambda: product / square,
+            "unbiased": lambda: root * root / jnp.where(product > 0, product, 1),
+        }[self.factor]()
+        return Quantized(codes, (store_factor(factor * (norm / root) * largest, self.factor_kind),))
+
+    def code_values(self, codes: jax.Array) -> jax.Array:
+        return self.levels.decode(codes)
+
+    def rotate(self, x: jax.Array) -> jax.Array:
+        return rotate(x, self._signs(x))
+
+    def unrotate(self, x: jax.Array) -> jax.Array:
+        return unrotate(x, self._signs(x))
+
+    def _signs(self, x: jax.Array) -> np.ndarray | None:
+        return None if self.sign_seed is None else channel_signs(x.shape[-1], self.sign_seed)
+
+    def _codes(self, z: jax.Array) -> jax.Array:
+        """Nearest levels to z, or to the pre-scaled z whose levels have the best cosine with z."""
+        if not self.search:
+            return self.levels.encode(z)
+        scales = np.asarray(PRE_SCALES, np.float32)
+        trial = z[..., None, :] * scales.reshape((1,) * (z.ndim - 1) + (-1, 1))
+        level = self.levels.decode(self.levels.encode(trial))  # fused into the two sums
+        product, square = jnp.sum(z[..., None, :] * level, -1), jnp.sum(level * level, -1)
+        best = jnp.argmax(product * jax.lax.rsqrt(square), axis=-1)
+        return self.levels.encode(z * jnp.asarray(scales)[best][..., None])
