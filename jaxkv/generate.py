@@ -356,7 +356,7 @@ def _prefill(model, cache, padded, lens, chunk, backend, on_prefill):
         cache, last = prefill_chunk(
             model, cache, last, prompts, prompt_lens, chunk=chunk, backend=backend
         )
-        before, done = done, int(jnp.sum(cache.lengths))
+        before, done = done, int(np.asarray(cache.lengths).sum())
         if done == before:
             held = [group.pages - 1 for group in cache.config.groups]
             raise ValueError(

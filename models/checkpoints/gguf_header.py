@@ -66,7 +66,7 @@ class _Cursor:
 
     def strings(self, count: int) -> list[str]:
         """Like `count` times `string()`, without a numpy object for each."""
-        buffer, values = memoryview(self.data), []
+        buffer, values = memoryview(self.data.data), []
         for _ in range(count):
             (size,) = struct.unpack_from("<Q", buffer, self.skip(8))
             start = self.skip(size)

@@ -6,7 +6,6 @@ directly: shapes come without reading, and bfloat16 and float8 need no torch.
 
 import json
 import math
-import struct
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +66,7 @@ def open_safetensors(path: Path) -> dict[str, LazyTensor]:
       CheckpointError: missing, truncated, or not a safetensors file.
     """
     data = map_file(path)
-    header_bytes = struct.unpack("<Q", data[:8])[0] if len(data) >= 8 else 0
+    header_bytes = int(data[:8].view("<u8")[0]) if len(data) >= 8 else 0
     start = 8 + header_bytes
     if start > len(data) or len(data) < 8:
         raise CheckpointError(

@@ -1,5 +1,7 @@
 """Tiny GGUF files made here: row order, names, config, and every way they can be damaged."""
 
+import sys
+
 import gguf
 import numpy as np
 import pytest
@@ -263,3 +265,15 @@ def test_other_files_are_refused(tmp_path):
     assert "version=1" in error_of(path)
     path.write_bytes(b"")
     assert "not a GGUF file" in error_of(path)
+
+
+def test_empty_tensor_is_refused(tmp_path):  # gguf's dequantize fails on it with a numpy error
+    weights = hf_weights() | {"blk.0.strange.weight": np.zeros((0, 32), np.float32)}
+    assert "must not be empty" in error_of(write_gguf(tmp_path / "m.gguf", weights, kind="Q8_0"))
+
+
+def test_missing_gguf_package_names_the_extra(tmp_path, monkeypatch):
+    path = write_gguf(tmp_path / "m.gguf", hf_weights())
+    monkeypatch.setitem(sys.modules, "gguf", None)  # makes the import fail
+    with pytest.raises(CheckpointError, match=r"'gguf': pip install 'jaxkv\[demo\]'"):
+        open_checkpoint(path)
