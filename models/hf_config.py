@@ -1,5 +1,7 @@
 """Reads a Hugging Face `config.json` into a `DecoderConfig`: what the Llama family shares."""
 
+import numbers
+
 from models.checkpoints import CheckpointError
 from models.config import DecoderConfig
 from models.rope import make_rope
@@ -14,30 +16,33 @@ def common(hf: dict, *, windows: tuple[int | None, ...], **own) -> DecoderConfig
     Raises:
       CheckpointError: a key is missing, or a value can't be.
     """
+    q_heads = whole(hf, "num_attention_heads")
+    kv_heads = whole(hf, "num_key_value_heads", q_heads)
+    hidden_size = whole(hf, "hidden_size")
+    head_dim = whole(hf, "head_dim", hidden_size // q_heads)
+    norm_eps = hf.get("rms_norm_eps", 1e-6)
+    if not isinstance(norm_eps, numbers.Real) or not norm_eps > 0:
+        raise CheckpointError(f"config.json: rms_norm_eps={norm_eps!r} must be a number above 0.")
     try:
-        q_heads = hf["num_attention_heads"]
-        kv_heads = hf.get("num_key_value_heads") or q_heads
-        head_dim = hf.get("head_dim") or hf["hidden_size"] // q_heads
-        config = DecoderConfig(
-            architecture=hf["model_type"],
-            vocab_size=hf["vocab_size"],
-            hidden_size=hf["hidden_size"],
-            intermediate_size=hf["intermediate_size"],
-            q_heads=q_heads,
-            kv_heads=kv_heads,
-            head_dim=head_dim,
-            windows=windows,
-            rope=make_rope(head_dim, rope_parameters(hf)),
-            norm_eps=hf.get("rms_norm_eps", 1e-6),
-            tie_embeddings=hf.get("tie_word_embeddings", False),
-            eos_ids=as_ids(hf.get("eos_token_id")),
-            max_position=hf.get("max_position_embeddings"),
-            **own,
-        )
-    except KeyError as missing:
-        raise CheckpointError(f"config.json has no {missing}.") from None
+        rope = make_rope(head_dim, rope_parameters(hf))
     except ValueError as error:
         raise CheckpointError(f"config.json: {error}") from None
+    config = DecoderConfig(
+        architecture=hf["model_type"],
+        vocab_size=whole(hf, "vocab_size"),
+        hidden_size=hidden_size,
+        intermediate_size=whole(hf, "intermediate_size"),
+        q_heads=q_heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        windows=windows,
+        rope=rope,
+        norm_eps=float(norm_eps),
+        tie_embeddings=hf.get("tie_word_embeddings", False),
+        eos_ids=as_ids(hf.get("eos_token_id")),
+        max_position=whole(hf, "max_position_embeddings", None),
+        **own,
+    )
     if q_heads % kv_heads:
         raise CheckpointError(f"num_attention_heads={q_heads} must be a multiple of {kv_heads}.")
     if head_dim % 2:
@@ -48,11 +53,24 @@ def common(hf: dict, *, windows: tuple[int | None, ...], **own) -> DecoderConfig
     return config
 
 
+def whole(hf: dict, key: str, *default):
+    """A size, at least 1; with a `default` it may be missing or null."""
+    value = hf.get(key)
+    if value is None:
+        if default:
+            return default[0]
+        raise CheckpointError(f"config.json has no {key!r}.")
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
+        raise CheckpointError(f"config.json: {key}={value!r} must be a whole number, at least 1.")
+    return int(value)
+
+
 def rope_parameters(hf: dict) -> dict:
     """One rope description, from the new (`rope_parameters`) or the old keys."""
-    new = hf.get("rope_parameters")
-    old = hf.get("rope_scaling") or {}
-    found = dict(new or old)
+    found = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    if not isinstance(found, dict):
+        raise ValueError(f"rope parameters must be an object, not {found!r}.")
+    found = dict(found)
     found["rope_type"] = found.get("rope_type", found.get("type", "default"))
     found.setdefault("rope_theta", hf.get("rope_theta", DEFAULT_THETA))
     if hf.get("partial_rotary_factor", 1.0) != 1.0:
@@ -60,14 +78,15 @@ def rope_parameters(hf: dict) -> dict:
     return found
 
 
-def layer_windows(hf: dict, *, uses_window: bool) -> tuple[int | None, ...]:
-    """Each layer's window: by `layer_types` where the config has them, else the same for all."""
-    layers, window = hf.get("num_hidden_layers"), hf.get("sliding_window")
-    if not isinstance(layers, int) or layers < 1:
-        raise CheckpointError(f"num_hidden_layers={layers} must be at least 1.")
-    if not uses_window or not window:
+def layer_windows(hf: dict, *, uses_window: bool, full_first: int = 0) -> tuple[int | None, ...]:
+    """Each layer's window: by `layer_types`, in older files all but the first `full_first`."""
+    layers = whole(hf, "num_hidden_layers")
+    window = whole(hf, "sliding_window", None) if uses_window else None
+    if window is None:
         return (None,) * layers
-    types = hf.get("layer_types") or ["sliding_attention"] * layers
+    types = hf.get("layer_types")
+    if types is None:
+        types = ["full_attention" if n < full_first else "sliding_attention" for n in range(layers)]
     known = {"sliding_attention": window, "full_attention": None}
     for kind in types:
         if kind not in known:
@@ -81,4 +100,8 @@ def as_ids(ids: int | list[int] | None) -> tuple[int, ...]:
     """Token ids from the three forms that configs use."""
     if ids is None:
         return ()
-    return (ids,) if isinstance(ids, int) else tuple(ids)
+    ids = ids if isinstance(ids, list | tuple) else [ids]
+    for number in ids:
+        if isinstance(number, bool) or not isinstance(number, numbers.Integral):
+            raise CheckpointError(f"config.json: eos_token_id has {number!r}, not a token id.")
+    return tuple(map(int, ids))

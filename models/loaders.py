@@ -34,7 +34,7 @@ class Recipe:
 def architecture_config(hf: dict) -> DecoderConfig:
     """Reads a Hugging Face config; CheckpointError names an architecture that is not known."""
     kind = hf.get("model_type")
-    if kind not in ARCHITECTURES:
+    if not isinstance(kind, str) or kind not in ARCHITECTURES:
         raise CheckpointError(f"model_type={kind!r} must be one of {', '.join(ARCHITECTURES)}.")
     return ARCHITECTURES[kind](hf)
 

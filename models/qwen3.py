@@ -9,7 +9,11 @@ def decoder_config(hf: dict) -> DecoderConfig:
     bias = hf.get("attention_bias", False)
     return common(
         hf,
-        windows=layer_windows(hf, uses_window=hf.get("use_sliding_window", False)),
+        windows=layer_windows(
+            hf,
+            uses_window=hf.get("use_sliding_window", False),
+            full_first=hf.get("max_window_layers", 28),  # transformers' default
+        ),
         attention_bias=bias,
         output_bias=bias,
         qk_norm=True,

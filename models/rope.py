@@ -7,6 +7,7 @@ reduced mod 2 pi beforehand, in float64.
 
 import dataclasses
 import math
+import numbers
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,13 @@ import numpy as np
 
 DIGIT = 256
 DIGITS = 4  # covers every int32 position
+POSITIVE = (
+    "rope_theta",
+    "factor",
+    "low_freq_factor",
+    "high_freq_factor",
+    "original_max_position_embeddings",
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,9 +46,12 @@ def make_rope(head_dim: int, parameters: dict) -> Rope:
         as GGUF files have them), `rope_theta`, and what the type needs.
 
     Raises:
-      ValueError: an unknown type, or a parameter that is missing.
+      ValueError: an unknown type, or a parameter that is missing or no number above 0.
     """
     kind = parameters.get("rope_type", "default")
+    for name, value in parameters.items():
+        if name in POSITIVE and not (isinstance(value, numbers.Real) and value > 0):
+            raise ValueError(f"{name}={value!r} must be a number above 0.")
     try:
         theta = float(parameters["rope_theta"])
         frequency = theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)

@@ -6,6 +6,8 @@ DIR has config.json, model.safetensors and io.npz with `input_ids i32[batch, tok
 
 import dataclasses
 import json
+import zipfile
+import zlib
 from pathlib import Path
 from typing import Annotated
 
@@ -16,7 +18,10 @@ import tyro
 
 import models
 from jaxkv import CacheConfig, KVCache
+from models.checkpoints.errors import one_line
 from scripts.command import run_command
+
+UNREADABLE = (ValueError, TypeError, KeyError, OSError, EOFError)  # what np.load can raise
 
 
 @dataclasses.dataclass
@@ -31,8 +36,8 @@ class Args:
     """Print one JSON object only."""
     page_size: int = 16
     """Tokens a cache page."""
-    scan: bool = True
-    """Scan over stacked layers, or unroll them."""
+    scan: bool = False
+    """Scan over stacked layers, which must be alike, or unroll them."""
 
 
 @jax.jit
@@ -49,6 +54,24 @@ def uneven_chunks(tokens: int) -> list[int]:
     first, second = 1, (prefill - 1) * 2 // 5
     chunks = [n for n in (first, second, prefill - first - second) if n]
     return chunks + [1] * (tokens - prefill)
+
+
+def read_oracle(path: Path, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """The stored `input_ids` and `logits`; CheckpointError if they can't be this model's."""
+    if not path.is_file():
+        raise models.CheckpointError(f"{path}: no such file; it holds input_ids and logits.")
+    try:
+        with path.open("rb") as file, np.load(file) as stored:
+            tokens, logits = stored["input_ids"], stored["logits"]
+    except (*UNREADABLE, zipfile.BadZipFile, zlib.error) as error:
+        raise models.CheckpointError(f"{path}: cannot be read: {one_line(error)}.") from None
+    if tokens.ndim != 2 or tokens.size == 0 or logits.shape != (*tokens.shape, vocab_size):
+        raise models.CheckpointError(
+            f"{path}: logits {logits.shape} must be input_ids {tokens.shape} and {vocab_size=}."
+        )
+    if tokens.min() < 0 or tokens.max() >= vocab_size:
+        raise models.CheckpointError(f"{path}: input_ids must be tokens below {vocab_size=}.")
+    return tokens.astype(np.int32), logits
 
 
 def largest_difference(model, tokens: np.ndarray, logits: np.ndarray, chunks: list[int], args):
@@ -75,12 +98,8 @@ def largest_difference(model, tokens: np.ndarray, logits: np.ndarray, chunks: li
 def main(args: Args) -> int:
     """Prints both differences; returns the exit code."""
     jax.config.update("jax_default_matmul_precision", "highest")
-    path = args.dir / "io.npz"
-    if not path.is_file():
-        raise models.CheckpointError(f"{path}: no such file; it holds input_ids and logits.")
-    stored = np.load(path)
-    tokens, logits = stored["input_ids"].astype(np.int32), stored["logits"]
     model = models.load(args.dir, dtype="float32", scan=args.scan)
+    tokens, logits = read_oracle(args.dir / "io.npz", model.config.vocab_size)
     length = tokens.shape[1]
     result = {
         "prefill_max_abs_diff": largest_difference(model, tokens, logits, [length], args),

@@ -3,7 +3,7 @@
 import dataclasses
 
 from jaxkv.config import CacheConfig
-from jaxkv.plan import plan
+from jaxkv.sizing import plan
 from pallas_kernels import paged_attention, write_pages
 from pallas_kernels.backends import Backend, choose_backend
 
