@@ -3,8 +3,8 @@
 from jaxkv.cache import KVCache as KVCache
 from jaxkv.config import CacheConfig as CacheConfig
 from jaxkv.config import LayerSpec as LayerSpec
-from jaxkv.report import explain as explain
 from jaxkv.generation import Generation as Generation
 from jaxkv.generation import generate as generate
-from jaxkv.sizing import plan as plan
+from jaxkv.report import explain as explain
 from jaxkv.sampling import Sampling as Sampling
+from jaxkv.sizing import plan as plan

@@ -257,7 +257,7 @@ def generate(
         the model's trained context or the pages.
     """
     sampling = (sampling or Sampling()).checked()
-    lens = _checked_lengths(prompts, model, max_tokens, window, chunk, block)
+    lens = _checked_lengths(prompts, model, max_tokens, seed, window, chunk, block)
     chunk = min(chunk, 1 << (max(lens) - 1).bit_length())
     config = CacheConfig(
         layers=model.layer_specs(
@@ -322,11 +322,13 @@ def generate(
     )
 
 
-def _checked_lengths(prompts, model, max_tokens, window, chunk, block) -> list[int]:
+def _checked_lengths(prompts, model, max_tokens, seed, window, chunk, block) -> list[int]:
     """Lengths of the prompts, after every check that needs no cache."""
     for name, value in (("max_tokens", max_tokens), ("chunk", chunk), ("block", block)):
         if value < 1:
             raise ValueError(f"{name}={value} must be at least 1.")
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"{seed=} must be at least 0 and below 2**32.")
     if not prompts:
         raise ValueError("prompts is empty: give at least one.")
     config = getattr(model, "config", None)

@@ -5,6 +5,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+COLDEST = 1e-30  # greedy in effect; logits over a smaller temperature are infinite
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,7 +54,7 @@ def sample(logits: jax.Array, sampling: Sampling, keys: jax.Array) -> jax.Array:
     """
     if sampling.temperature is None:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    logits = logits / sampling.temperature
+    logits = logits / jnp.maximum(sampling.temperature, COLDEST)
     logits = jnp.where(logits >= _threshold(logits, sampling), logits, -jnp.inf)
     return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
 

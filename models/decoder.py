@@ -45,7 +45,7 @@ class Decoder(nnx.Module):
     @property
     def dtype(self):
         """Float type of weights and activations."""
-        return self.embedding[...].dtype
+        return self.embedding.get_value().dtype
 
     def layer_specs(self, *, dtype: str | None = None, **options) -> tuple[LayerSpec, ...]:
         """Describes the layers to a cache; options as in `DecoderConfig.layer_specs`."""

@@ -1,7 +1,5 @@
 """Reads a Hugging Face `config.json` into a `DecoderConfig`: what the Llama family shares."""
 
-import numbers
-
 from models.checkpoints import CheckpointError
 from models.config import DecoderConfig
 from models.rope import make_rope

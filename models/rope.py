@@ -6,8 +6,8 @@ reduced mod 2 pi beforehand, in float64.
 """
 
 import dataclasses
+import functools
 import math
-import numbers
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +50,7 @@ def make_rope(head_dim: int, parameters: dict) -> Rope:
     """
     kind = parameters.get("rope_type", "default")
     for name, value in parameters.items():
-        if name in POSITIVE and not (isinstance(value, numbers.Real) and value > 0):
+        if name in POSITIVE and not (isinstance(value, int | float) and value > 0):
             raise ValueError(f"{name}={value!r} must be a number above 0.")
     try:
         theta = float(parameters["rope_theta"])
@@ -81,11 +81,18 @@ def _llama3(frequency: np.ndarray, parameters: dict) -> np.ndarray:
 def angles(rope: Rope, position: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Cosine and sine, `f32[..., head_dim / 2]`, of positions `i32[...]`, not negative."""
     shape = (1,) * position.ndim + (len(rope.frequencies),)
-    angle = jnp.zeros(shape, jnp.float32)
-    for power, step in enumerate(rope.steps):
-        digit = (position // DIGIT**power) % DIGIT
-        angle = angle + digit[..., None].astype(jnp.float32) * step.reshape(shape)
-    return jnp.cos(angle), jnp.sin(angle)
+
+    def turn(digits: int, position: jax.Array) -> tuple[jax.Array, jax.Array]:
+        angle = jnp.zeros(shape, jnp.float32)
+        for power, step in enumerate(rope.steps[:digits]):
+            digit = (position // DIGIT**power) % DIGIT
+            angle = angle + digit[..., None].astype(jnp.float32) * step.reshape(shape)
+        return jnp.cos(angle), jnp.sin(angle)
+
+    # A branch for two reasons: most positions have two digits, and what leaves a branch is an
+    # array. Left to itself XLA's CPU code works cosines out again for every layer and head.
+    near = jnp.max(position) < DIGIT**2
+    return jax.lax.cond(near, functools.partial(turn, 2), functools.partial(turn, DIGITS), position)
 
 
 def rotate(x: jax.Array, cos_sin: tuple[jax.Array, jax.Array]) -> jax.Array:

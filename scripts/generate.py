@@ -76,12 +76,14 @@ def read_prompts(args: Args) -> list[str]:
         except UnicodeDecodeError:
             raise ValueError(f"--prompt-file {args.prompt_file}: must be UTF-8 text.") from None
     if not prompts:
-        if sys.stdin.isatty():
+        if sys.stdin is None or sys.stdin.isatty():
             raise ValueError("no prompt: give --prompt TEXT, --prompt-file FILE or standard input.")
         prompts.append(sys.stdin.read())
     for number, text in enumerate(prompts):
         if not text:
             raise ValueError(f"prompt {number} is empty: give some text.")
+        if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
+            raise ValueError(f"prompt {number} must be UTF-8 text.")
     return prompts
 
 

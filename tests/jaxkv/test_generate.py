@@ -1,4 +1,4 @@
-"""Generation through the cache: the tokens of an uncached model, whatever the batch and the pages."""
+"""Generation through the cache: an uncached model's tokens, whatever the batch and the pages."""
 
 import dataclasses
 import json
@@ -142,6 +142,7 @@ def test_draws_depend_on_the_seed_and_on_nothing_else(model):
         ([[1] * 2000], dict(max_tokens=100), "prompt 0 has 2000 tokens, with max_tokens=100 more"),
         ([[1]], dict(max_tokens=0), "max_tokens=0 must be at least 1"),
         ([[1] * 40], dict(pages=3), "do not fit pools of .2. pages"),
+        ([[1]], dict(seed=-1), "seed=-1 must be at least 0"),
         ([[1]], dict(sink_tokens=4), "sink_tokens=4 needs a window"),
         ([[1]], dict(window=0), "window=0 must be at least 1"),
         ([[1]], dict(window=8, sink_positions="near"), "sink_positions='near'"),
@@ -178,9 +179,7 @@ def test_the_compiled_block_calls_no_host_and_copies_no_pool(model):
 @pytest.mark.slow
 @pytest.mark.parametrize("sink_positions", ["original", "cache"])
 def test_a_long_stream_runs_in_constant_pages(model, sink_positions):
-    stream = dict(
-        window=64, sink_tokens=4, sink_positions=sink_positions, page_size=16, block=500
-    )
+    stream = dict(window=64, sink_tokens=4, sink_positions=sink_positions, page_size=16, block=500)
     short = generate(model, PROMPTS[:1], max_tokens=1000, **stream)
     long = generate(model, PROMPTS[:1], max_tokens=20000, **stream)
     assert len(long.tokens[0]) == 20000

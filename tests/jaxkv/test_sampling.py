@@ -93,3 +93,40 @@ def test_a_row_does_not_depend_on_its_neighbours():
 def test_bad_values_are_named(field, value):
     with pytest.raises(ValueError, match=f"^{field}={value}"):
         Sampling(**{"temperature": 1.0, field: value}).checked()
+
+
+@pytest.mark.parametrize("temperature", [1e-4, 1e-30, 1e-40])  # the last two overflow a float32
+@pytest.mark.parametrize("rules", [{}, {"top_k": 5, "top_p": 0.9, "min_p": 0.01}])
+def test_the_limit_of_low_temperatures_is_greedy(temperature, rules):
+    x = logits(rows=50)
+    keys = jax.random.split(jax.random.key(0), 50)
+    got = sample(jnp.asarray(x), Sampling(temperature=temperature, **rules).checked(), keys)
+    np.testing.assert_array_equal(got, x.argmax(-1))
+
+
+@pytest.mark.parametrize("temperature", [2.0, 4.0])
+def test_all_rules_together(temperature):
+    x = logits(seed=8)
+    order, p = by_probability(x, temperature)
+    order = order[:8]
+    p = p[order] / p[order].sum()
+    count = int(np.searchsorted(np.cumsum(p), 0.9)) + 1
+    kept = {int(t) for t, chance in zip(order[:count], p[:count], strict=True) if chance > p[0] / 3}
+    assert 1 < len(kept) < count < 8
+    rules = Sampling(temperature=temperature, top_k=8, top_p=0.9, min_p=1 / 3)
+    assert drawn(x, rules, draws=3000) == kept
+
+
+@pytest.mark.parametrize("rules", [{}, {"top_k": 5}, {"top_p": 1.0}, {"min_p": 0.0}])
+def test_masked_tokens_are_never_drawn(rules):
+    x = np.full((1, VOCAB), -np.inf, np.float32)
+    x[0, [3, 8]] = 0.0
+    assert drawn(x, Sampling(temperature=1.0, **rules)) == {3, 8}
+
+
+def test_numbers_change_without_compiling_again():
+    x, keys = jnp.asarray(logits()), jax.random.split(jax.random.key(0), 1)
+    compiled = jax.jit(sample)
+    for temperature, top_p in ((0.7, 0.9), (1.3, 0.5)):
+        compiled(x, Sampling(temperature=temperature, top_p=top_p), keys)
+    assert compiled._cache_size() == 1

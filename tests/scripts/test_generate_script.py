@@ -1,0 +1,104 @@
+"""scripts/generate.py as a user runs it: a folder, prompts, one JSON line, one-line errors."""
+
+import io
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from scripts import generate
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "scripts" / "generate.py"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """The tiny Llama of the oracles with a byte-level tokenizer of its 256 tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    path = tmp_path_factory.mktemp("tiny")
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(ROOT / "tests" / "oracles" / "llama" / name, path)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({c: n for n, c in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save(str(path / "tokenizer.json"))
+    return path
+
+
+def run(*args, stdin: str = "") -> subprocess.CompletedProcess:
+    command = [sys.executable, str(SCRIPT), *map(str, args)]
+    return subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=300)
+
+
+def test_a_batch_ends_in_one_json_object(folder, tmp_path):
+    more = tmp_path / "prompt.txt"
+    more.write_text("from a file, longer than the others")
+    done = run(
+        "--model", folder, "--prompt", "one", "--prompt", "prompt two", "--prompt-file", more,
+        "--max-tokens", 9, "--window", 16, "--sink-tokens", 4, "--page-size", 8, "--json",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["prompts"] == ["one", "prompt two", more.read_text()]
+    assert all(0 < len(tokens) <= 9 for tokens in result["tokens"])
+    assert len(result["text"]) == len(result["stop_reason"]) == 3
+    assert set(result["stop_reason"]) <= {"length", "stop"}
+    assert 0 < result["cache_bytes_used"] <= result["cache_bytes_reserved"]
+    assert result["prefill_tokens_per_second"] > 0 and result["decode_tokens_per_second"] > 0
+    assert "window 16 + 4 sink tokens" in result["layers"][0] and "xla" in result["layers"][0]
+    assert "tokens/s" in done.stderr and "MiB used" in done.stderr
+
+
+def test_standard_input_streams_the_same_text(folder):
+    done = run("--model", folder, "--max-tokens", 8, "--json", stdin="from stdin")
+    assert done.returncode == 0, done.stderr
+    *streamed, last = done.stdout.splitlines(keepends=True)
+    result = json.loads(last)
+    assert result["prompts"] == ["from stdin"]
+    assert "".join(streamed) == result["text"][0] + "\n"
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["--model", "/no/such/model", "--prompt", "x"], "/no/such/model: no such file or folder"),
+        (["--prompt-file", "/no/such/file"], "/no/such/file: No such file"),
+        (["--prompt", "x", "--temperature", "-1"], "temperature=-1.0 must be at least 0"),
+        (["--prompt", "x", "--max-tokens", "0"], "--max-tokens 0 must be at least 1"),
+        (["--prompt", ""], "prompt 0 is empty"),
+        (["--model", "TINY", "--prompt", "x" * 2050], "prompt 0 has 2050 tokens"),
+        (["--model", "TINY", "--prompt", "x", "--window", "0"], "window=0 must be at least 1"),
+        (["--model", "TINY", "--prompt", "x", "--backend", "tpu"], "no 'tpu' backend"),
+        (["--model", "TINY", "--prompt", "x", "--chat"], "chat template"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(folder, args, message):
+    done = run(*[folder if arg == "TINY" else arg for arg in args])
+    assert done.returncode == 2
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1 and message in lines[0], done.stderr
+    assert not done.stdout.strip()
+
+
+def test_help_teaches():
+    done = run("--help")
+    assert done.returncode == 0
+    for word in ("--window", "--sink-tokens", "--chat", "StreamingLLM", "smollm2"):
+        assert word in done.stdout
+
+
+@pytest.mark.parametrize(
+    "stdin, message",
+    [(None, "no prompt: give --prompt"), ("", "prompt 0 is empty"), ("a\udcff", "must be UTF-8")],
+    ids=["closed", "empty", "not UTF-8"],
+)
+def test_standard_input_that_is_no_prompt(monkeypatch, stdin, message):
+    monkeypatch.setattr(sys, "stdin", None if stdin is None else io.StringIO(stdin))
+    with pytest.raises(ValueError, match=message):
+        generate.read_prompts(generate.Args())
