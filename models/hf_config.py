@@ -19,7 +19,7 @@ def common(hf: dict, *, windows: tuple[int | None, ...], **own) -> DecoderConfig
     hidden_size = whole(hf, "hidden_size")
     head_dim = whole(hf, "head_dim", hidden_size // q_heads)
     norm_eps = hf.get("rms_norm_eps", 1e-6)
-    if not isinstance(norm_eps, numbers.Real) or not norm_eps > 0:
+    if not isinstance(norm_eps, int | float) or not norm_eps > 0:
         raise CheckpointError(f"config.json: rms_norm_eps={norm_eps!r} must be a number above 0.")
     try:
         rope = make_rope(head_dim, rope_parameters(hf))
@@ -58,7 +58,7 @@ def whole(hf: dict, key: str, *default):
         if default:
             return default[0]
         raise CheckpointError(f"config.json has no {key!r}.")
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise CheckpointError(f"config.json: {key}={value!r} must be a whole number, at least 1.")
     return int(value)
 
@@ -100,6 +100,6 @@ def as_ids(ids: int | list[int] | None) -> tuple[int, ...]:
         return ()
     ids = ids if isinstance(ids, list | tuple) else [ids]
     for number in ids:
-        if isinstance(number, bool) or not isinstance(number, numbers.Integral):
+        if isinstance(number, bool) or not isinstance(number, int):
             raise CheckpointError(f"config.json: eos_token_id has {number!r}, not a token id.")
     return tuple(map(int, ids))
