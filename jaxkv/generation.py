@@ -21,7 +21,7 @@ from pallas_kernels.backends import Backend
 RUNNING, STOPPED, LENGTH, STARVED = range(4)
 STOP_REASONS = ("running", "stop", "length", "no_pages")
 NO_TOKEN = -1  # in a block's output: this sequence did not advance in this step
-# Tables come in steps of so many tokens, so that lengths near each other share a program.
+# Tables and prompts come in steps of so many tokens: lengths near each other share a program.
 TABLE_STEP = 256
 
 
@@ -90,7 +90,7 @@ def prefill_chunk(
     *,
     chunk: int,
     backend: Backend | None,
-) -> tuple[KVCache, jax.Array]:
+) -> tuple[KVCache, jax.Array, jax.Array]:
     """Feeds each sequence the next `chunk` tokens of its prompt, or the fewer that are left.
 
     Args:
@@ -103,7 +103,7 @@ def prefill_chunk(
       backend: of the attention.
 
     Returns:
-      The new cache and `last`.
+      The new cache, `last`, and `i32[groups]`, pages in use while the chunk was attended.
     """
     count = jnp.clip(prompt_lens - cache.lengths, 0, chunk)
     place = jnp.minimum(cache.positions(chunk), prompts.shape[1] - 1)
@@ -112,7 +112,7 @@ def prefill_chunk(
     ends = (cache.pending > 0) & (cache.lengths + cache.pending == prompt_lens)
     final = jnp.maximum(cache.pending - 1, 0)[:, None, None]
     final = jnp.take_along_axis(hidden, final, axis=1)[:, 0]
-    return cache.commit(count), jnp.where(ends[:, None], final, last)
+    return cache.commit(count), jnp.where(ends[:, None], final, last), cache.pages_in_use
 
 
 @functools.partial(jax.jit, donate_argnames=("cache",))
@@ -272,7 +272,7 @@ def generate(
         page_size=page_size,
         pages=pages,
     ).checked()
-    padded = np.zeros((len(prompts), cdiv(max(lens), chunk) * chunk), np.int32)
+    padded = np.zeros((len(prompts), cdiv(max(lens), TABLE_STEP) * TABLE_STEP), np.int32)
     for row, prompt in zip(padded, prompts, strict=True):
         row[: len(prompt)] = prompt
     if stop_ids is None:
@@ -289,7 +289,7 @@ def generate(
     compile_seconds += time.perf_counter()
 
     prefill_seconds = -time.perf_counter()
-    cache, last = _prefill(model, cache, padded, lens, chunk, backend, on_prefill)
+    cache, last, peak = _prefill(model, cache, padded, lens, chunk, backend, on_prefill)
     reserved, page_bytes = cache.bytes_reserved, cache.page_bytes
     state = start(model, cache, last, *draw)
     tokens = [[int(t)] for t in np.asarray(state.token)]
@@ -307,7 +307,7 @@ def generate(
         if on_tokens is not None:
             on_tokens(new)
     decode_seconds += time.perf_counter()
-    peak = np.asarray(state.peak_pages)
+    peak = np.maximum(peak, np.asarray(state.peak_pages))
     return Generation(
         tokens=tokens,
         stop_reasons=[STOP_REASONS[s] for s in np.asarray(state.status)],
@@ -350,14 +350,15 @@ def _checked_lengths(prompts, model, max_tokens, seed, window, chunk, block) -> 
 
 
 def _prefill(model, cache, padded, lens, chunk, backend, on_prefill):
-    """Feeds the prompts chunk by chunk; returns the cache and each last token's hidden state."""
+    """Feeds the prompts chunk by chunk; returns the cache, hidden states and most pages used."""
     prompts, prompt_lens = jnp.asarray(padded), jnp.asarray(lens, jnp.int32)
     last = _no_hidden(model, len(lens))
-    done = 0
+    done, peak = 0, 0
     while done < sum(lens):
-        cache, last = prefill_chunk(
+        cache, last, used = prefill_chunk(
             model, cache, last, prompts, prompt_lens, chunk=chunk, backend=backend
         )
+        peak = np.maximum(peak, np.asarray(used))
         before, done = done, int(np.asarray(cache.lengths).sum())
         if done == before:
             held = [group.pages - 1 for group in cache.config.groups]
@@ -367,7 +368,7 @@ def _prefill(model, cache, padded, lens, chunk, backend, on_prefill):
             )
         if on_prefill is not None:
             on_prefill(done, sum(lens))
-    return cache, last
+    return cache, last, peak
 
 
 def _no_hidden(model, batch: int) -> jax.Array:

@@ -32,8 +32,8 @@ class Sampling:
         """Returns itself, greedy if temperature is 0; raises ValueError naming a bad value."""
         if self.temperature is not None and not 0 <= self.temperature < float("inf"):
             raise ValueError(f"temperature={self.temperature} must be at least 0.")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k={self.top_k} must be at least 1.")
+        if self.top_k is not None and (self.top_k < 1 or self.top_k != int(self.top_k)):
+            raise ValueError(f"top_k={self.top_k} must be a whole number, at least 1.")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p} must be above 0 and at most 1.")
         if self.min_p is not None and not 0 <= self.min_p <= 1:

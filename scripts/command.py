@@ -1,5 +1,7 @@
 """What every command line shares: argument parsing, one-line errors, the compilation cache."""
 
+import contextlib
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -16,9 +18,12 @@ def run_command(main: Callable, args_type: type) -> None:
 
     A ValueError, NotImplementedError or OSError is bad input: one line on stderr, exit code 2.
     """
-    args = tyro.cli(args_type, config=(tyro.conf.OmitArgPrefixes,))
+    args = _parse(args_type)
     try:
         code = main(args)
+    except BrokenPipeError:  # the reader of our output has gone: `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
     except (ValueError, NotImplementedError, OSError) as error:
         if os.environ.get("JAXKV_DEBUG"):
             raise
@@ -27,6 +32,24 @@ def run_command(main: Callable, args_type: type) -> None:
     except KeyboardInterrupt:
         code = 130
     sys.exit(code)
+
+
+def _parse(args_type: type):
+    """The arguments; what tyro says of bad ones, in a box of several lines, becomes one line."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(args_type, config=(tyro.conf.OmitArgPrefixes,))
+    except SystemExit as stop:
+        if stop.code in (None, 0):  # --help
+            raise
+    boxed = [line.strip("│ ") for line in said.getvalue().splitlines() if line.startswith("│")]
+    advice = next((n for n, line in enumerate(boxed) if line.startswith("For full help")), None)
+    words = " ".join(line for line in boxed[:advice] if line.strip("─"))
+    print(
+        f"error: {one_line(words or said.getvalue())} (--help lists the options)", file=sys.stderr
+    )
+    sys.exit(2)
 
 
 def keep_compiled_programs(folder: Path) -> None:

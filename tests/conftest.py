@@ -4,6 +4,7 @@ Builders and tolerances live in `tests/helpers.py`, not here.
 """
 
 import contextlib
+import gc
 import hashlib
 import os
 import platform
@@ -51,6 +52,15 @@ hypothesis.settings.register_profile(
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
 hypothesis.settings.load_profile("jaxkv")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def free_compiled_programs():
+    """Drops a module's compiled programs: each holds several memory maps, of which a process may
+    have 65,530 (vm.max_map_count), and XLA aborts at the limit."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.hookimpl(wrapper=True)

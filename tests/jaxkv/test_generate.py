@@ -188,6 +188,13 @@ def test_a_long_stream_runs_in_constant_pages(model, sink_positions):
     assert long.tokens[0][:1000] == short.tokens[0]
 
 
+def test_the_peak_counts_the_pages_of_a_prefill_chunk(model):
+    options = dict(window=16, page_size=8, max_tokens=1, chunk=64)
+    result = generate(model, [[1] * 64], **options)
+    per_page = 2 * 8 * 16 * 2 * 4 * 3  # keys and values, tokens, head_dim, kv_heads, bytes, layers
+    assert result.bytes_peak == 8 * per_page  # the window alone is three pages
+
+
 def test_plan_predicts_bytes_and_explain_names_backends(model):
     for options in ({}, dict(window=24), dict(window=24, sink_tokens=5, dtype="bfloat16")):
         layers = model.layer_specs(**options)

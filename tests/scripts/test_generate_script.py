@@ -72,6 +72,8 @@ def test_standard_input_streams_the_same_text(folder):
         (["--prompt", "x", "--temperature", "-1"], "temperature=-1.0 must be at least 0"),
         (["--prompt", "x", "--max-tokens", "0"], "--max-tokens 0 must be at least 1"),
         (["--prompt", ""], "prompt 0 is empty"),
+        (["--prompt", "x", "--max-tokens", "many"], "many"),
+        (["--prompt", "x", "--no-such-flag"], "--no-such-flag"),
         (["--model", "TINY", "--prompt", "x" * 2050], "prompt 0 has 2050 tokens"),
         (["--model", "TINY", "--prompt", "x", "--window", "0"], "window=0 must be at least 1"),
         (["--model", "TINY", "--prompt", "x", "--backend", "tpu"], "no 'tpu' backend"),
