@@ -59,8 +59,11 @@ def ours(model) -> Measure:
 
 def transformers_peer(checkpoint) -> Measure:
     """transformers' `generate` with its default cache, on the same float32 weights."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    import torch  # pyright: ignore[reportMissingImports]
+    from transformers import (  # pyright: ignore[reportMissingImports]
+        AutoConfig,
+        AutoModelForCausalLM,
+    )
 
     torch.set_num_threads(os.cpu_count() or 1)
     hf = dict(checkpoint.config)
