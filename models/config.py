@@ -2,8 +2,6 @@
 
 import dataclasses
 
-import numpy as np
-
 from jaxkv import LayerSpec
 from models.rope import Rope
 
@@ -84,11 +82,3 @@ class DecoderConfig:
             )
             for own in windows
         )
-
-    def parameters(self) -> int:
-        """Number of weights in matrices, embeddings counted once or twice as they are stored."""
-        heads = self.q_heads + 2 * self.kv_heads
-        attention = self.hidden_size * self.head_dim * (heads + self.q_heads)
-        mlp = 3 * self.hidden_size * self.intermediate_size
-        embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_embeddings else 2)
-        return int(np.int64(self.layers) * (attention + mlp) + embeddings)
