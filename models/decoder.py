@@ -28,7 +28,7 @@ class Decoder(nnx.Module):
         dtype = jnp.dtype(dtype)
         if scan and len(set(config.windows)) > 1:
             raise ValueError("scan=True needs layers with one window; use scan=False.")
-        self.config = config
+        self.config, self.scan = config, scan
         table = (config.vocab_size, config.hidden_size)
         self.embedding = nnx.Param(jax.random.normal(rngs.params(), table, dtype))
         if scan:
