@@ -6,39 +6,19 @@ the old one and the pages are updated in place.
 """
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
 
-from jaxkv.allocator import NULL_PAGE, PagePool, allocate, create_pool, release, retain
-from jaxkv.config import CacheConfig, LayerGroup
-from jaxkv.page_tables import (
-    PageTables,
-    create_tables,
-    enter,
-    entries,
-    first_ring_page,
-    look_up,
-    pages_of,
-)
-from jaxkv.read import attend_segments
+from jaxkv.allocator import NULL_PAGE
+from jaxkv.config import CacheConfig
+from jaxkv.page_tables import entries, look_up
+from jaxkv.read import attend_stores
+from jaxkv.store import GroupState, Store, create_group
 from pallas_kernels.backends import Backend
 from pallas_kernels.shapes import bind_dims
-from pallas_kernels.write_pages import write_pages
 
 Layer = int | tuple[int, int | jax.Array]  # number, or (group, index in the group)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class GroupState:
-    """Pages, tables and allocator of the layers that share a `LayerSpec`."""
-
-    k_pages: jax.Array  # [layers, pages, kv_heads, page_size, head_dim]
-    v_pages: jax.Array  # like k_pages
-    pool: PagePool
-    tables: PageTables
 
 
 @jax.tree_util.register_dataclass
@@ -59,12 +39,11 @@ class KVCache:
 
         Raises:
           ValueError: the configuration can't be; names the value.
-          NotImplementedError: a codec that is not available.
         """
         config = config.checked()
         # Each array its own: a buffer that stands twice in a donated state is refused.
         return cls(
-            groups=tuple(_create_group(config, group) for group in config.groups),
+            groups=tuple(create_group(group, config.batch) for group in config.groups),
             lengths=jnp.zeros(config.batch, jnp.int32),
             pending=jnp.zeros(config.batch, jnp.int32),
             starved=jnp.zeros(config.batch, bool),
@@ -89,27 +68,24 @@ class KVCache:
             must have been committed.
         """
         bind_dims(lengths=(self.lengths, "batch"), new_tokens=(new_tokens, "batch"))
-        size = self.config.page_size
         too_long = new_tokens > self.config.max_new_tokens
         if self.config.max_tokens is not None:
             too_long |= self.lengths + new_tokens > self.config.max_tokens
         new_tokens = jnp.where(too_long, 0, jnp.maximum(new_tokens, 0))
-        held = pages_of(self.lengths, size)
-        needed = pages_of(self.lengths + new_tokens, size) - held
-        starved = jnp.zeros_like(too_long)
-        for group in self.groups:
-            starved |= jnp.cumsum(needed, dtype=jnp.int32) > group.pool.free_pages
-        starved &= needed > 0
+        starved, needs = jnp.zeros_like(too_long), jnp.zeros_like(too_long)
+        for store in self._stores:
+            needed = store.needed(self.lengths, new_tokens)
+            needs |= needed > 0
+            starved |= jnp.cumsum(needed, dtype=jnp.int32) > store.pool.free_pages
+        starved &= needs
         pending = jnp.where(starved, 0, new_tokens)
-        logical = held[:, None] + jnp.arange(self.config.step_pages, dtype=jnp.int32)[None]
-        wanted = logical < pages_of(self.lengths + pending, size)[:, None]
-        groups = []
-        for group in self.groups:
-            pool, page = allocate(group.pool, wanted)
-            tables = enter(group.tables, logical, page, wanted)
-            groups.append(dataclasses.replace(group, pool=pool, tables=tables))
+        reserve = lambda store: store.reserve(self.lengths, pending, self.config.step_pages)
         return dataclasses.replace(
-            self, groups=tuple(groups), pending=pending, starved=starved, too_long=too_long
+            self,
+            groups=tuple(state.map(reserve) for state in self.groups),
+            pending=pending,
+            starved=starved,
+            too_long=too_long,
         )
 
     def attend(
@@ -158,10 +134,12 @@ class KVCache:
             q=(q, "batch tokens q_heads head_dim"),
             k=(k, "batch tokens kv_heads head_dim"),
             v=(v, "batch tokens kv_heads head_dim"),
-            k_pages=(state.k_pages, "layers pages kv_heads page_size head_dim"),
             sink_logits=(sink_logits, "q_heads"),
             q_sink=(q_sink, "batch tokens q_heads head_dim"),
         )
+        for name in ("kv_heads", "head_dim"):
+            if sizes[name] != getattr(spec, name):
+                raise ValueError(f"k.shape={k.shape}: {name} must be {getattr(spec, name)}.")
         if sizes["tokens"] > self.config.max_new_tokens:
             raise ValueError(
                 f"tokens={sizes['tokens']} must be at most {self.config.max_new_tokens=}."
@@ -169,12 +147,15 @@ class KVCache:
         if (q_sink is None) != (spec.q_sink_limit is None):
             wanted = "not taken" if spec.q_sink_limit is None else "needed"
             raise ValueError(f"q_sink is {wanted} with sink_positions={spec.sink_positions!r}.")
-        state = _write(state, index, k, v, self.positions(sizes["tokens"]), self.pending)
-        out = attend_segments(
+        position = self.positions(sizes["tokens"])
+        row = jnp.arange(sizes["tokens"], dtype=jnp.int32)[None]
+        writes = row < self.pending[:, None]
+        write = lambda store: store.write(index, k, v, position, writes)
+        state = state.map(lambda store: store if store.spec.lag.least else write(store))
+        state = state.quantize_for_chunk(index, self.lengths, self.pending, sizes["tokens"])
+        out = attend_stores(
             q,
-            state.k_pages,
-            state.v_pages,
-            state.tables,
+            state,
             group=group,
             layer=index,
             lengths=self.lengths,
@@ -185,49 +166,35 @@ class KVCache:
             q_sink=q_sink,
             backend=backend,
         )
+        state = state.after_reading(out)
         groups = self.groups[:number] + (state,) + self.groups[number + 1 :]
         return dataclasses.replace(self, groups=groups), out.astype(q.dtype)
 
     def commit(self, accepted: jax.Array) -> "KVCache":
         """Keeps the first `accepted` of the prepared tokens and drops the rest (roll-back).
 
-        Frees pages that held only dropped tokens, and pages that fell out of a window.
+        Frees pages that held only dropped tokens, and pages that fell out of a window. With a lossy
+        codec, pages that leave the recent span are quantized, unless `attend` had to do it.
 
         Args:
           accepted: `i32[batch]`; more than was prepared counts as all of it.
         """
         bind_dims(lengths=(self.lengths, "batch"), accepted=(accepted, "batch"))
-        size = self.config.page_size
         lengths = self.lengths + jnp.clip(accepted, 0, self.pending)
-        kept = pages_of(lengths, size)
-        prepared = pages_of(self.lengths + self.pending, size)
-        groups = []
-        for spec, state in zip(self.config.groups, self.groups, strict=True):
-            logical, gone = _span(kept, prepared, self.config.step_pages)
-            if spec.spec.window is not None:
-                behind = _span(
-                    first_ring_page(spec, self.lengths, size),
-                    first_ring_page(spec, lengths, size),
-                    self.config.step_pages,
-                )
-                logical = jnp.concatenate([logical, behind[0]], axis=1)
-                gone = jnp.concatenate([gone, behind[1]], axis=1)
-            page = jnp.where(gone, look_up(state.tables, logical), NULL_PAGE)
-            groups.append(
-                dataclasses.replace(
-                    state,
-                    pool=release(state.pool, page),
-                    tables=enter(state.tables, logical, jnp.zeros_like(page), gone),
-                )
-            )
+        step = (self.lengths, self.pending, lengths)
+        groups = (state.quantize_for_commit(*step) for state in self.groups)
+        settle = lambda store: store.settle(*step, self.config.step_pages)
         return dataclasses.replace(
-            self, groups=tuple(groups), lengths=lengths, pending=jnp.zeros_like(self.pending)
+            self,
+            groups=tuple(state.map(settle) for state in groups),
+            lengths=lengths,
+            pending=jnp.zeros_like(self.pending),
         )
 
     def free(self, mask: jax.Array) -> "KVCache":
         """Ends the sequences of `mask`, `bool[batch]`: their references go, their length is 0."""
         bind_dims(lengths=(self.lengths, "batch"), mask=(mask, "batch"))
-        groups = tuple(_drop_sequences(state, mask) for state in self.groups)
+        groups = tuple(state.map(lambda store: store.drop(mask)) for state in self.groups)
         return dataclasses.replace(
             self,
             groups=groups,
@@ -256,28 +223,27 @@ class KVCache:
         last = (length // size)[:, None]  # logical page that is unfinished, if any
         copies = acts & (length % size > 0)
 
-        sources = [jax.tree.map(lambda table: table[src], state.tables) for state in self.groups]
-        states, unfinished = [], []
-        for state, source in zip(self.groups, sources, strict=True):
-            page = jnp.where(copies[:, None], look_up(source, last), NULL_PAGE)
+        ended = jnp.zeros(self.config.batch, bool).at[target].set(True, mode="drop")
+        stores, prepared, starved = [], [], jnp.zeros_like(copies)
+        for store in self._stores:
+            source = jax.tree.map(lambda table: table[src], store.tables)
+            here = copies & store.spec.is_written(last)[:, 0]  # pages of codes may be complete only
+            page = jnp.where(here[:, None], look_up(source, last), NULL_PAGE)
             held = entries(source)
             shared = jnp.where((held == page) | ~acts[:, None], NULL_PAGE, held)
-            state = dataclasses.replace(state, pool=retain(state.pool, shared))
-            ended = jnp.zeros(self.config.batch, bool).at[target].set(True, mode="drop")
-            states.append(_drop_sequences(state, ended))
-            unfinished.append(page)
-        starved = jnp.zeros_like(copies)
-        for state in states:
-            starved |= jnp.cumsum(copies, dtype=jnp.int32) > state.pool.free_pages
-        starved &= copies
+            store = store.retain(shared).drop(ended)
+            starved |= here & (jnp.cumsum(here, dtype=jnp.int32) > store.pool.free_pages)
+            stores.append(store)
+            prepared.append((source, page, here))
         lives = jnp.where(starved, self.config.batch, target)
-        groups = [
-            _fork_group(state, source, page, copies & ~starved, starved, last, lives)
-            for state, source, page in zip(states, sources, unfinished, strict=True)
+        forked = [
+            store.fork(source, page, here & ~starved, starved, last, lives)
+            for store, (source, page, here) in zip(stores, prepared, strict=True)
         ]
+        remaining = iter(forked)
         return dataclasses.replace(
             self,
-            groups=tuple(groups),
+            groups=tuple(state.map(lambda _: next(remaining)) for state in self.groups),
             lengths=self.lengths.at[target].set(jnp.where(starved, 0, length), mode="drop"),
             pending=self.pending.at[target].set(0, mode="drop"),
             starved=self.starved.at[target].set(starved, mode="drop"),
@@ -285,91 +251,21 @@ class KVCache:
         )
 
     @property
+    def _stores(self) -> list[Store]:
+        """Every store of every group, in order."""
+        return [store for state in self.groups for store in state.stores]
+
+    @property
     def pages_in_use(self) -> jax.Array:
-        """Pages that hold something, `i32[groups]`; a shared page counts once."""
-        used = [g.pool.references.size - 1 - g.pool.free_pages for g in self.groups]
-        return jnp.stack(used)
+        """Pages that hold something in each store, `i32[stores]`; a shared page counts once."""
+        return jnp.stack([store.pages_in_use for store in self._stores])
 
     @property
     def page_bytes(self) -> list[int]:
-        """Bytes of one page of each group, over all its layers, keys and values."""
-        return [2 * g.k_pages.nbytes // g.k_pages.shape[1] for g in self.groups]
+        """Bytes of one page of each store, over all the layers that share it."""
+        return [store.page_bytes for store in self._stores]
 
     @property
     def bytes_reserved(self) -> int:
         """Bytes of every array of the cache."""
         return sum(x.nbytes for x in jax.tree.leaves(self))
-
-
-def _create_group(config: CacheConfig, group: LayerGroup) -> GroupState:
-    spec = group.spec
-    shape = (len(group.layers), group.pages, spec.kv_heads, config.page_size, spec.head_dim)
-    return GroupState(
-        k_pages=jnp.zeros(shape, spec.dtype),
-        v_pages=jnp.zeros(shape, spec.dtype),
-        pool=create_pool(group.pages),
-        tables=create_tables(group, config.batch),
-    )
-
-
-def _write(
-    state: GroupState,
-    layer: int | jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    position: jax.Array,
-    pending: jax.Array,
-) -> GroupState:
-    size = state.k_pages.shape[3]
-    row = jnp.arange(position.shape[1], dtype=jnp.int32)[None]
-    write = functools.partial(
-        write_pages,
-        layer=layer,
-        page=look_up(state.tables, position // size),
-        slot=position % size,
-        writes=row < pending[:, None],
-    )
-    return dataclasses.replace(
-        state, k_pages=write(state.k_pages, k), v_pages=write(state.v_pages, v)
-    )
-
-
-def _span(start: jax.Array, stop: jax.Array, most: int) -> tuple[jax.Array, jax.Array]:
-    """Logical pages `start .. stop` of each sequence, `i32[batch, most]`, and which of them are."""
-    logical = start[:, None] + jnp.arange(most, dtype=jnp.int32)[None]
-    return logical, logical < stop[:, None]
-
-
-def _drop_sequences(state: GroupState, mask: jax.Array) -> GroupState:
-    """Releases everything that the sequences of `mask`, `bool[batch]`, reference."""
-    page = jnp.where(mask[:, None], entries(state.tables), NULL_PAGE)
-    tables = jax.tree.map(lambda t: jnp.where(mask[:, None], NULL_PAGE, t), state.tables)
-    return dataclasses.replace(state, pool=release(state.pool, page), tables=tables)
-
-
-def _fork_group(
-    state: GroupState,
-    source: PageTables,
-    unfinished: jax.Array,
-    copies: jax.Array,
-    starved: jax.Array,
-    last: jax.Array,
-    target: jax.Array,
-) -> GroupState:
-    """Gives each target the source's tables, with a fresh copy of the unfinished page."""
-    pool, page = allocate(state.pool, copies)
-    tables = enter(source, last, page[:, None], copies[:, None])
-    # A starved fork gives back the references that were taken for it.
-    kept = jnp.where(starved[:, None] & (entries(source) != unfinished), entries(source), NULL_PAGE)
-    pool = release(pool, kept)
-    written = jnp.where(copies, page, pool.references.size)
-
-    def copy(pages):
-        return pages.at[:, written].set(pages[:, unfinished[:, 0]], mode="drop")
-
-    merged = jax.tree.map(
-        lambda old, new: old.at[target].set(new, mode="drop"), state.tables, tables
-    )
-    return GroupState(
-        k_pages=copy(state.k_pages), v_pages=copy(state.v_pages), pool=pool, tables=merged
-    )

@@ -1,9 +1,17 @@
 """What a cache is made of: static, hashable descriptions of layers and of the whole cache."""
 
 import dataclasses
+import functools
 from typing import Literal
 
+import jax
+import jax.numpy as jnp
+
+from jaxkv.codecs import KVCodec, PageLayout, default_layout, get_codec
+from pallas_kernels.visibility import PageLag
+
 EXACT = "exact"
+MOST_PAGES = 2**31 - 1  # page ids are int32
 
 
 def cdiv(a: int, b: int) -> int:
@@ -22,7 +30,9 @@ class LayerSpec:
       sink_tokens: first tokens kept for ever beside the window (StreamingLLM).
       sink_positions: "original", or "cache": sink keys are attended by a query rotated to the
         place it has inside the cache, so that no distance exceeds `sink_tokens + window`.
-      codec: how pages are stored; "exact" keeps `dtype`.
+      codec: how pages are stored, a name (`jaxkv.codecs.codec_names()`) or a `KVCodec`; "exact"
+        keeps `dtype`. A lossy one says how many of the newest pages and first tokens stay exact;
+        a window that lies within those pages makes the layer exact.
       dtype: float type of exact pages.
     """
 
@@ -31,7 +41,7 @@ class LayerSpec:
     window: int | None = None
     sink_tokens: int = 0
     sink_positions: Literal["original", "cache"] = "original"
-    codec: str = EXACT
+    codec: str | KVCodec = EXACT
     dtype: str = "bfloat16"
 
     def checked(self) -> "LayerSpec":
@@ -47,16 +57,17 @@ class LayerSpec:
             raise ValueError(f"sink_positions={self.sink_positions!r}: 'original' or 'cache'.")
         if self.sink_positions == "cache" and self.window is None:
             raise ValueError("sink_positions='cache' needs a window, and window=None.")
-        if self.codec != EXACT:
-            raise NotImplementedError(f"codec={self.codec!r}: only {EXACT!r} is available.")
+        if self.kv_codec.key_mean == "static":
+            name = self.kv_codec.name
+            raise NotImplementedError(f"codec={name!r}: key_mean='static' is not available.")
         if self.dtype not in ("bfloat16", "float16", "float32"):
             raise ValueError(f"dtype={self.dtype!r} must be bfloat16, float16 or float32.")
         return self
 
     @property
-    def stored_sink_tokens(self) -> int:
-        """Sink tokens that need a table of their own: without a window every token stays."""
-        return 0 if self.window is None else self.sink_tokens
+    def kv_codec(self) -> KVCodec:
+        """The codec itself; raises ValueError for an unknown name."""
+        return get_codec(self.codec) if isinstance(self.codec, str) else self.codec
 
     @property
     def q_sink_limit(self) -> int | None:
@@ -67,14 +78,73 @@ class LayerSpec:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class StoreSpec:
+    """One pool of pages in a group, the tables that name them, and which pages live in it.
+
+    Logical pages stand in a ring of `width` slots, the group's first `sink_pages` of them in a
+    table of their own. Which are alive follows from a sequence's length alone.
+    """
+
+    width: int
+    sink_pages: int  # in this store
+    pages: int  # of the pool, the null page included
+    first: int  # first logical page of the ring: the group's sink pages come before it
+    window: int | None
+    lag: PageLag  # pages behind the query's own that it serves
+
+    def first_page(self, lengths: jax.Array) -> jax.Array:
+        """Oldest page of the ring that a query at position `lengths` or later reads here."""
+        size = self.lag.page_size
+        first = jnp.full_like(lengths, self.first)
+        if self.lag.most is not None:
+            return jnp.maximum(first, lengths // size - self.lag.most + 1)
+        if self.window is None:
+            return first
+        behind = jnp.maximum(lengths - (self.window - 1), 0)  # nobody will see them again
+        return jnp.maximum(first, behind // size)
+
+    def stop_page(self, lengths: jax.Array) -> jax.Array:
+        """One past the newest page that stands here once `lengths` tokens are committed."""
+        size = self.lag.page_size
+        if self.lag.least:  # complete pages, as far back as the lag says
+            return jnp.maximum(lengths // size - self.lag.least + 1, self.first)
+        begun = -(-lengths // size)
+        return jnp.minimum(begun, self.sink_pages) if self.lag.most == 0 else begun
+
+    def is_written(self, logical: jax.Array) -> jax.Array:
+        """Whether new tokens of page `logical` are written here, `bool[...]`."""
+        sinks = logical < self.sink_pages
+        if self.lag.least or self.lag.most == 0:
+            return sinks
+        return sinks | (logical >= self.first)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerGroup:
-    """Layers that share one page table and one allocator because their specs are equal."""
+    """Layers that share page tables and allocators because they keep the same things.
+
+    An exact codec has one store. A lossy one has a `body` of codes, and an `exact` store for the
+    newest pages and the sink pages unless it keeps none exact.
+    """
 
     spec: LayerSpec
     layers: tuple[int, ...]
-    table_width: int  # slots of the ring page table
-    sink_pages: int  # entries of the sink table
-    pages: int  # of the pool, the null page included
+    sink_pages: int
+    exact: StoreSpec | None
+    body: StoreSpec | None
+    layout: PageLayout | None  # of the body's pages
+
+    @property
+    def stores(self) -> tuple[StoreSpec, ...]:
+        """Those there are."""
+        return tuple(store for store in (self.exact, self.body) if store is not None)
+
+    @property
+    def bits_per_value(self) -> float:
+        """Stored bits per cached number: of the body, or of an exact layer's dtype."""
+        if self.body is None:
+            return 8.0 * jnp.dtype(self.spec.dtype).itemsize
+        return self.spec.kv_codec.bits_per_value(self.spec.head_dim, self.body.lag.page_size)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,8 +157,10 @@ class CacheConfig:
       max_tokens: longest sequence; None (no end) where every layer has a window.
       max_new_tokens: most tokens one step may add to a sequence (prefill chunk, drafts).
       page_size: tokens a page.
-      pages: cap on each group's pool, the null page included; None reserves for the worst case.
-        With fewer, sequences share what there is and may starve (`KVCache.starved`).
+      pages: cap on each pool, the null page included; None reserves for the worst case. With
+        fewer, sequences share what there is and may starve (`KVCache.starved`).
+      platform: whose kernels coded pages are laid out for, "cpu", "gpu" or "tpu"; None for JAX's
+        default.
     """
 
     layers: tuple[LayerSpec, ...]
@@ -97,9 +169,10 @@ class CacheConfig:
     max_new_tokens: int = 1
     page_size: int = 64
     pages: int | None = None
+    platform: str | None = None
 
     def checked(self) -> "CacheConfig":
-        """Returns itself; raises ValueError naming the value that can't be."""
+        """Returns itself with the platform named; raises ValueError naming what can't be."""
         if not isinstance(self.layers, tuple):
             raise ValueError(f"layers must be a tuple, not {type(self.layers).__name__}.")
         if not self.layers:
@@ -116,37 +189,92 @@ class CacheConfig:
             raise ValueError(f"max_tokens={self.max_tokens} must be at least 1.")
         if self.pages is not None and self.pages < 2:
             raise ValueError(f"pages={self.pages} must be at least 2: the null page and one more.")
-        return self
+        platform = self.platform or jax.default_backend()
+        config = dataclasses.replace(self, platform=platform)
+        stores = [store for group in config.groups for store in group.stores]
+        if max(store.pages for store in stores) > MOST_PAGES:
+            raise ValueError(
+                f"batch={self.batch}, max_tokens={self.max_tokens} need more than {MOST_PAGES} "
+                "pages in one pool: give pages, or fewer tokens."
+            )
+        return config
 
     @property
     def step_pages(self) -> int:
         """Most pages that one step can add to, or push out of, one sequence."""
         return cdiv(self.max_new_tokens, self.page_size)
 
-    @property
+    @functools.cached_property
     def groups(self) -> tuple[LayerGroup, ...]:
-        """Layers grouped by spec, in order of first appearance."""
+        """Layers grouped by what they keep, in order of first appearance."""
         members: dict[LayerSpec, list[int]] = {}
         for layer, spec in enumerate(self.layers):
-            members.setdefault(spec, []).append(layer)
+            members.setdefault(self.effective(spec), []).append(layer)
         return tuple(self._group(spec, tuple(layers)) for spec, layers in members.items())
 
+    def effective(self, spec: LayerSpec) -> LayerSpec:
+        """The spec that a layer gets: exact where its window lies within the recent pages."""
+        codec = spec.kv_codec
+        recent = codec.recent_pages * self.page_size
+        if not codec.lossy or (spec.window is not None and spec.window <= recent):
+            return dataclasses.replace(spec, codec=EXACT)
+        return spec
+
     def _group(self, spec: LayerSpec, layers: tuple[int, ...]) -> LayerGroup:
-        sink_pages = cdiv(spec.stored_sink_tokens, self.page_size)
-        widths = []
-        if spec.window is not None:
-            # The newest step's tokens and the window of its oldest query, at any alignment.
-            widths.append(cdiv(spec.window + self.max_new_tokens - 2, self.page_size) + 1)
+        codec, size = spec.kv_codec, self.page_size
+        if codec.lossy:
+            sink_tokens = max(spec.sink_tokens, codec.sink_tokens)
+        else:  # without a window every token stays anyway
+            sink_tokens = 0 if spec.window is None else spec.sink_tokens
+        sink_pages = cdiv(sink_tokens, size)
         if self.max_tokens is not None:
-            longest = cdiv(self.max_tokens, self.page_size)
-            sink_pages = min(sink_pages, longest)
-            widths.append(longest - sink_pages)
-        width = max(min(widths), 1)
-        pages = 1 + self.batch * (width + sink_pages)
-        if self.pages is not None:
-            pages = min(pages, self.pages)
+            sink_pages = min(sink_pages, cdiv(self.max_tokens, size))
+        store = functools.partial(self._store, spec.window, sink_pages)
+        layout = body = None
+        if not codec.lossy:
+            exact = store(PageLag(size), sinks=True)
+        else:
+            recent = codec.recent_pages
+            exact = store(PageLag(size, 0, recent), sinks=True) if recent or sink_pages else None
+            body = store(PageLag(size, recent), sinks=False)
+            layout = default_layout(
+                codec,
+                platform="gpu" if self.platform == "gpu" else "cpu",
+                kv_heads=spec.kv_heads,
+                head_dim=spec.head_dim,
+                page_size=size,
+            )
         return LayerGroup(
-            spec=spec, layers=layers, table_width=width, sink_pages=sink_pages, pages=pages
+            spec=spec, layers=layers, sink_pages=sink_pages, exact=exact, body=body, layout=layout
+        )
+
+    def _store(
+        self, window: int | None, sink_pages: int, lag: PageLag, *, sinks: bool
+    ) -> StoreSpec:
+        """Sizes a store so that prepared tokens never overwrite a live page, at any alignment."""
+        size, step = self.page_size, self.max_new_tokens
+        widths = []
+        if lag.most is not None:  # recent pages, and the step's own
+            widths.append(lag.most + cdiv(step - 1, size) if lag.most else 1)
+        elif window is not None and lag.least:  # pages that are complete when the step commits
+            widths.append(cdiv(window + step - 1, size) - lag.least + 1)
+        elif window is not None:  # the newest step's tokens and the window of its oldest query
+            widths.append(cdiv(window + step - 2, size) + 1)
+        if self.max_tokens is not None:
+            if lag.least:
+                widths.append(self.max_tokens // size - lag.least + 1 - sink_pages)
+            else:
+                widths.append(cdiv(self.max_tokens, size) - sink_pages)
+        width = max(min(widths), 1)
+        ring = 0 if lag.most == 0 else width  # sinks alone: the ring's one slot stays null
+        pages = 1 + self.batch * (ring + (sink_pages if sinks else 0))
+        return StoreSpec(
+            width=width,
+            sink_pages=sink_pages if sinks else 0,
+            pages=pages if self.pages is None else min(pages, self.pages),
+            first=sink_pages,
+            window=window,
+            lag=lag,
         )
 
     def locate(self, layer: int) -> tuple[int, int]:

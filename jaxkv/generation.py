@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxkv.cache import KVCache
+from jaxkv.codecs import KVCodec
 from jaxkv.config import CacheConfig, LayerSpec, cdiv
 from jaxkv.sampling import Sampling, sample
 from pallas_kernels.backends import Backend
@@ -77,7 +78,7 @@ class GenerationState:
     token: jax.Array  # i32[batch], sampled last, not yet in the cache
     produced: jax.Array  # i32[batch], tokens sampled
     status: jax.Array  # i32[batch], RUNNING or why the sequence ended
-    peak_pages: jax.Array  # i32[groups], most pages in use so far
+    peak_pages: jax.Array  # i32[stores], most pages in use so far
 
 
 @functools.partial(jax.jit, static_argnames=("chunk", "backend"), donate_argnames=("cache", "last"))
@@ -103,7 +104,7 @@ def prefill_chunk(
       backend: of the attention.
 
     Returns:
-      The new cache, `last`, and `i32[groups]`, pages in use while the chunk was attended.
+      The new cache, `last`, and `i32[stores]`, pages in use while the chunk was attended.
     """
     count = jnp.clip(prompt_lens - cache.lengths, 0, chunk)
     place = jnp.minimum(cache.positions(chunk), prompts.shape[1] - 1)
@@ -222,6 +223,9 @@ def generate(
     window: int | None = None,
     sink_tokens: int = 0,
     sink_positions: str = "original",
+    codec: str | KVCodec = "exact",
+    keep_first: int = 0,
+    keep_last: int = 0,
     cache_dtype: str | None = None,
     page_size: int = 64,
     pages: int | None = None,
@@ -243,9 +247,13 @@ def generate(
       window: narrows attention to the newest so many tokens, so that memory stays constant.
       sink_tokens: first tokens kept beside the window (StreamingLLM, arXiv:2309.17453).
       sink_positions: "original" or "cache", see `LayerSpec`.
-      cache_dtype: float type of the cache's pages; None for the model's.
+      codec: how the cache keeps keys and values, a name (`jaxkv.codecs.codec_names()`: "exact",
+        "tq4", "int8", ...) or a `KVCodec`.
+      keep_first: so many of the first layers stay exact.
+      keep_last: so many of the last ones.
+      cache_dtype: float type of exact pages; None for the model's.
       page_size: tokens a page.
-      pages: cap on the pool of each layer group; None reserves for the worst case.
+      pages: cap on each pool of the cache; None reserves for the worst case.
       chunk: most prompt tokens of one step.
       block: decode steps between two looks of the host (`on_tokens`).
       backend: of the attention; None picks by platform.
@@ -265,6 +273,9 @@ def generate(
             window=window,
             sink_tokens=sink_tokens,
             sink_positions=sink_positions,
+            codec=codec,
+            keep_first=keep_first,
+            keep_last=keep_last,
         ),
         batch=len(prompts),
         max_tokens=cdiv(max(lens) + max_tokens, TABLE_STEP) * TABLE_STEP,
@@ -361,7 +372,7 @@ def _prefill(model, cache, padded, lens, chunk, backend, on_prefill):
         peak = np.maximum(peak, np.asarray(used))
         before, done = done, int(np.asarray(cache.lengths).sum())
         if done == before:
-            held = [group.pages - 1 for group in cache.config.groups]
+            held = [s.pages - 1 for group in cache.config.groups for s in group.stores]
             raise ValueError(
                 f"prompts of {sum(lens)} tokens do not fit pools of {held} pages of "
                 f"{cache.config.page_size} tokens: raise pages or use fewer prompts."

@@ -11,38 +11,24 @@ import jax
 import jax.numpy as jnp
 
 from jaxkv.allocator import NULL_PAGE
-from jaxkv.config import LayerGroup
+from jaxkv.config import StoreSpec
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PageTables:
-    """Page ids of every sequence in one layer group."""
+    """Page ids of every sequence in one store."""
 
     ring: jax.Array  # i32[batch, width]
     sinks: jax.Array  # i32[batch, sink_pages]
 
 
-def create_tables(group: LayerGroup, batch: int) -> PageTables:
+def create_tables(store: StoreSpec, batch: int) -> PageTables:
     """Returns tables that hold nothing."""
     return PageTables(
-        ring=jnp.full((batch, group.table_width), NULL_PAGE, jnp.int32),
-        sinks=jnp.full((batch, group.sink_pages), NULL_PAGE, jnp.int32),
+        ring=jnp.full((batch, store.width), NULL_PAGE, jnp.int32),
+        sinks=jnp.full((batch, store.sink_pages), NULL_PAGE, jnp.int32),
     )
-
-
-def first_ring_page(group: LayerGroup, lengths: jax.Array, page_size: int) -> jax.Array:
-    """Oldest logical page, sinks aside, that a query at position `lengths` or later can see."""
-    first = jnp.full_like(lengths, group.sink_pages)
-    if group.spec.window is None:
-        return first
-    behind = jnp.maximum(lengths - (group.spec.window - 1), 0)  # positions nobody will see again
-    return jnp.maximum(first, behind // page_size)
-
-
-def pages_of(tokens: jax.Array, page_size: int) -> jax.Array:
-    """Pages that `tokens` tokens fill or begin, `i32[...]`."""
-    return -(-tokens // page_size)
 
 
 def look_up(tables: PageTables, logical: jax.Array) -> jax.Array:

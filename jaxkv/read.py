@@ -1,20 +1,18 @@
-"""Attention of new tokens over a sequence's segments: sinks beside the ring of the other pages."""
+"""Attention of new tokens over a sequence's segments: the body, the recent pages, the sinks."""
 
 import jax
 import jax.numpy as jnp
 
 from jaxkv.config import LayerGroup
-from jaxkv.page_tables import PageTables, first_ring_page
+from jaxkv.store import GroupState, Store
 from pallas_kernels.backends import Backend
 from pallas_kernels.paged_attention import paged_attention
 from pallas_kernels.segments import add_learned_sink, merge
 
 
-def attend_segments(
+def attend_stores(
     q: jax.Array,
-    k_pages: jax.Array,
-    v_pages: jax.Array,
-    tables: PageTables,
+    state: GroupState,
     *,
     group: LayerGroup,
     layer: int | jax.Array,
@@ -31,16 +29,12 @@ def attend_segments(
     Returns:
       `f32` shaped like `q`.
     """
-    page_size = k_pages.shape[3]
-    window, sink_tokens = group.spec.window, group.spec.stored_sink_tokens
     stop = lengths + pending
-    sink_stop = jnp.minimum(stop, group.sink_pages * page_size)
 
-    def segment(q, table, kv_start, kv_stop, sink_tokens=0):
+    def segment(q, store: Store, table, kv_start, kv_stop, **options):
         return paged_attention(
             q,
-            k_pages,
-            v_pages,
+            store.pages,
             table,
             layer=layer,
             q_start=lengths,
@@ -48,25 +42,30 @@ def attend_segments(
             kv_start=kv_start,
             kv_stop=kv_stop,
             scale=scale,
-            window=window,
-            sink_tokens=sink_tokens,
+            window=group.spec.window,
             soft_cap=soft_cap,
             backend=backend,
+            **options,
         )
 
-    ring_start = first_ring_page(group, lengths, page_size) * page_size
-    out, lse = segment(q, tables.ring, ring_start, stop)
-    if group.sink_pages:
-        zero = jnp.zeros_like(stop)
-        if q_sink is None:
-            sinks = segment(q, tables.sinks, zero, sink_stop, sink_tokens)
-            out, lse = merge(out, lse, *sinks)
-        else:
-            # Only the sink tokens see the re-rotated query; others that share their last page
-            # are ordinary tokens of the window.
-            border = jnp.minimum(stop, sink_tokens)
-            sinks = segment(q_sink, tables.sinks, zero, border, sink_tokens)
-            out, lse = merge(out, lse, *sinks)
-            if sink_tokens % page_size:
-                out, lse = merge(out, lse, *segment(q, tables.sinks, border, sink_stop))
+    parts = []
+    for store in state.stores:
+        lag, sinks = store.spec.lag, store.tables.sinks
+        options = {} if (lag.least, lag.most) == (0, None) else {"lag": lag}
+        if store.spec.sink_pages and q_sink is None:
+            options |= {"sink_table": sinks, "sink_tokens": group.spec.sink_tokens}
+        start = store.spec.first_page(lengths) * lag.page_size
+        parts.append(segment(q, store, store.tables.ring, start, stop, **options))
+        if store.spec.sink_pages and q_sink is not None:
+            # The sink tokens, and only they, see the re-rotated query; others that share their
+            # last page are ordinary tokens of the window.
+            border = jnp.minimum(stop, group.spec.sink_tokens)
+            end = jnp.minimum(stop, store.spec.sink_pages * lag.page_size)
+            options = {"sink_tokens": group.spec.sink_tokens}
+            parts.append(segment(q_sink, store, sinks, 0 * border, border, **options))
+            if group.spec.sink_tokens < store.spec.sink_pages * lag.page_size:
+                parts.append(segment(q, store, sinks, border, end))
+    out, lse = parts[0]
+    for part in parts[1:]:
+        out, lse = merge(out, lse, *part)
     return out if sink_logits is None else add_learned_sink(out, lse, sink_logits)[0]

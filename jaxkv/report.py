@@ -2,9 +2,9 @@
 
 import dataclasses
 
-from jaxkv.config import CacheConfig
+from jaxkv.config import CacheConfig, LayerGroup
 from jaxkv.sizing import plan
-from pallas_kernels import paged_attention, write_pages
+from pallas_kernels import paged_attention, quantize_pages, write_pages
 from pallas_kernels.backends import Backend, choose_backend
 
 
@@ -17,11 +17,16 @@ class GroupReport:
     sink_tokens: int
     sink_positions: str
     codec: str
-    dtype: str
+    dtype: str  # of what is kept exactly
+    bits_per_value: float  # keys and values averaged, factors and means included
+    recent_pages: int  # newest pages that are read exactly; 0 with an exact codec
+    exact_sink_pages: int  # first pages that are; 0 with an exact codec
+    note: str  # why the codec is not the one that was asked for
     pages: int
     bytes: int
     attention: Backend
     write: Backend
+    quantize: Backend | None
 
     def __str__(self) -> str:
         numbers = self.layers
@@ -30,9 +35,19 @@ class GroupReport:
         sees = "all tokens" if self.window is None else f"window {self.window}"
         if self.sink_tokens:
             sees += f" + {self.sink_tokens} sink tokens ({self.sink_positions} positions)"
+        kept = f"{self.codec} {self.dtype}"
+        if self.quantize is not None:
+            kept = f"{self.codec}, {self.bits_per_value:.3g} bits a value"
+            if self.recent_pages or self.exact_sink_pages:
+                kept += f", newest {self.recent_pages} and first {self.exact_sink_pages} pages "
+                kept += f"{self.dtype}"
+        note = f" ({self.note})" if self.note else ""
+        backends = f"attention {self.attention}, write {self.write}"
+        if self.quantize is not None:
+            backends += f", quantize {self.quantize}"
         return (
-            f"layers {name}: {sees}; {self.codec} {self.dtype}, {self.pages} pages, "
-            f"{self.bytes / 2**20:.1f} MiB; attention {self.attention}, write {self.write}"
+            f"layers {name}: {sees}; {kept}{note}; {self.pages} pages, "
+            f"{self.bytes / 2**20:.1f} MiB; {backends}"
         )
 
 
@@ -50,21 +65,37 @@ def explain(
       ValueError: the configuration can't be.
       NotImplementedError: the named backend does not serve it.
     """
-    config = config.checked()
+    config = dataclasses.replace(config, platform=platform or config.platform).checked()
+    platform = config.platform
     attention = choose_backend("paged_attention", backend, paged_attention.BACKENDS, platform)
     write = choose_backend("write_pages", None, write_pages.BACKENDS, platform)
+    quantize = choose_backend("quantize_pages", None, quantize_pages.BACKENDS, platform)
     return [
         GroupReport(
             layers=group.layers,
             window=group.spec.window,
             sink_tokens=group.spec.sink_tokens,
             sink_positions=group.spec.sink_positions,
-            codec=group.spec.codec,
+            codec=group.spec.kv_codec.name,
             dtype=group.spec.dtype,
-            pages=group.pages,
+            bits_per_value=group.bits_per_value,
+            recent_pages=0 if group.body is None else group.spec.kv_codec.recent_pages,
+            exact_sink_pages=0 if group.body is None else group.sink_pages,
+            note=_note(config, group),
+            pages=sum(store.pages for store in group.stores),
             bytes=size,
             attention=attention,
             write=write,
+            quantize=None if group.body is None else quantize,
         )
         for group, size in zip(config.groups, plan(config).groups, strict=True)
     ]
+
+
+def _note(config: CacheConfig, group: LayerGroup) -> str:
+    """Which lossy codecs were asked for in vain: their recent pages hold the whole window."""
+    asked = {config.layers[layer].kv_codec for layer in group.layers}
+    vain = [c for c in sorted(asked, key=lambda c: c.name) if c.lossy and group.body is None]
+    return "; ".join(
+        f"not {c.name}: the window lies within its {c.recent_pages} exact pages" for c in vain
+    )

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.segments import add_learned_sink
-from pallas_kernels.visibility import visible
+from pallas_kernels.visibility import PageLag, visible
 
 
 def dense_attention(
@@ -17,6 +17,7 @@ def dense_attention(
     scale: float,
     window: int | None = None,
     sink_tokens: int = 0,
+    lag: PageLag | None = None,
     soft_cap: float | None = None,
     sink_logits: jax.Array | None = None,
     q_sink: jax.Array | None = None,
@@ -34,6 +35,7 @@ def dense_attention(
       scale: usually `head_dim ** -0.5`.
       window: tokens a query sees, itself included; None for all.
       sink_tokens: first tokens, visible whatever the window.
+      lag: how many pages behind the query's own a key must lie; None for any number.
       soft_cap: bound on scores; None for none.
       sink_logits: `[q_heads]`, learned, joins the denominator only.
       q_sink: like `q`; the query that attends the first `sink_tokens` keys.
@@ -52,7 +54,7 @@ def dense_attention(
     if soft_cap is not None:
         score = soft_cap * jnp.tanh(score / soft_cap)
     i, j = q_position[:, :, None], k_position[:, None, :]
-    sees = visible(i, j, window=window, sink_tokens=sink_tokens) & (i >= 0) & (j >= 0)
+    sees = visible(i, j, window=window, sink_tokens=sink_tokens, lag=lag) & (i >= 0) & (j >= 0)
     score = jnp.where(sees[:, None], score, -jnp.inf)
     lse = jax.nn.logsumexp(score, axis=-1)  # [batch, q_heads, q_tokens]
     p = jnp.exp(score - jnp.where(jnp.isfinite(lse), lse, 0.0)[..., None])

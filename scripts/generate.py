@@ -8,11 +8,14 @@ from typing import Annotated, Literal
 
 import jax
 import tyro
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import Progress
+from rich.table import Table
 
 import jaxkv
 import models
+from jaxkv.codecs import codec_names, get_codec
 from models.smollm2 import cache_folder
 from scripts.command import keep_compiled_programs, run_command
 
@@ -27,6 +30,8 @@ class Args:
       generate.py --model smollm2 --prompt "The capital of France is"
       generate.py --chat --prompt "Why is the sky blue?" --prompt "Name three whales."
       generate.py --window 256 --sink-tokens 4 --prompt-file book.txt --max-tokens 2000
+      generate.py --kv tq4 --prompt-file book.txt
+      generate.py --kv help
     """
 
     model: str = "smollm2"
@@ -55,6 +60,12 @@ class Args:
     """First tokens kept beside the window for ever (StreamingLLM; 4 is usual)."""
     sink_positions: Literal["original", "cache"] = "original"
     """'cache' keeps sinks at a bounded distance, for streams past the trained context."""
+    kv: str = "exact"
+    """How the cache stores keys and values, a codec's name; 'help' lists them."""
+    keep_first: int = 0
+    """So many of the first layers stay exact."""
+    keep_last: int = 0
+    """So many of the last layers stay exact."""
     page_size: int = 64
     """Tokens a cache page."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
@@ -87,9 +98,28 @@ def read_prompts(args: Args) -> list[str]:
     return prompts
 
 
+def codec_table(head_dim: int, page_size: int) -> Table:
+    """Every codec with its bits per value, its compression and what it keeps exact."""
+    table = Table(title=f"--kv NAME, at head_dim {head_dim}, page size {page_size}", box=SIMPLE)
+    for column in ("name", "bits per value", "smaller than bf16", "kept exactly"):
+        table.add_column(column, justify="left" if column in ("name", "kept exactly") else "right")
+    for name in codec_names():
+        codec = get_codec(name)
+        bits = codec.bits_per_value(head_dim, page_size)
+        kept = "nothing" if codec.lossy else "everything, in --dtype"
+        if codec.recent_pages or codec.sink_tokens:
+            kept = f"newest {codec.recent_pages} pages, first {codec.sink_tokens} tokens"
+        table.add_row(name, f"{bits:.2f}", f"{16 / bits:.2f}x", kept)
+    return table
+
+
 def main(args: Args) -> int:
     """Loads, generates, streams, reports; returns the exit code."""
     log = Console(stderr=True, highlight=False)
+    if args.kv == "help":
+        Console(highlight=False).print(codec_table(head_dim=128, page_size=args.page_size))
+        return 0
+    get_codec(args.kv)
     sampling = jaxkv.Sampling(
         temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, min_p=args.min_p
     ).checked()
@@ -144,6 +174,9 @@ def main(args: Args) -> int:
             window=args.window,
             sink_tokens=args.sink_tokens,
             sink_positions=args.sink_positions,
+            codec=args.kv,
+            keep_first=args.keep_first,
+            keep_last=args.keep_last,
             page_size=args.page_size,
             backend=args.backend,
             on_tokens=show,

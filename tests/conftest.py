@@ -54,13 +54,26 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("jaxkv")
 
 
+MOST_MAPS = 30_000  # XLA aborts where a process exceeds its 65,530 memory maps
+
+
+def _free_compiled_programs(most_maps: int):
+    """Drops compiled programs, which hold several memory maps each, once there are many."""
+    try:
+        with open("/proc/self/maps", "rb") as maps:
+            count = sum(1 for _ in maps)
+    except OSError:  # not Linux, no such limit
+        return
+    if count > most_maps:
+        jax.clear_caches()
+        gc.collect()
+
+
 @pytest.fixture(autouse=True, scope="module")
 def free_compiled_programs():
-    """Drops a module's compiled programs: each holds several memory maps, of which a process may
-    have 65,530 (vm.max_map_count), and XLA aborts at the limit."""
+    """Another module hardly ever calls the same programs."""
     yield
-    jax.clear_caches()
-    gc.collect()
+    _free_compiled_programs(most_maps=5_000)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -74,7 +87,9 @@ def pytest_runtest_protocol(item):
     if folder not in LOOSE_PROMOTION:
         strict = jax.numpy_dtype_promotion("strict")
     with strict:
-        return (yield)
+        result = yield
+    _free_compiled_programs(MOST_MAPS)
+    return result
 
 
 def pytest_collection_modifyitems(items):

@@ -8,40 +8,62 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxkv import CacheConfig, KVCache
+from jaxkv.codecs import dequantize_original
 from pallas_kernels.dense_attention import dense_attention
+from pallas_kernels.pages import ExactPages
 
 # Largest difference to the float32 oracle, by the dtype of the pages: rounding of K and V.
 TOLERANCE = {"float32": 2e-6, "float16": 2e-3, "bfloat16": 1.6e-2}
 
 
 def poison_unread(cache: KVCache) -> KVCache:
-    """Returns the cache with NaN wherever no live token stands: free pages, tails, null page."""
-    size = cache.config.page_size
-    lengths = np.asarray(cache.lengths)
+    """Returns the cache with NaN wherever no live token stands: free pages, tails, null page.
+
+    Codes that can't be NaN become 255, their factors and means NaN.
+    """
     groups = []
-    for spec, state in zip(cache.config.groups, cache.groups, strict=True):
-        live = np.zeros((spec.pages, size), bool)
-        ring, sinks = np.asarray(state.tables.ring), np.asarray(state.tables.sinks)
-        for b, length in enumerate(lengths):
-            oldest = 0 if spec.spec.window is None else max(0, length - spec.spec.window + 1)
-            for j in range(length):
-                page = j // size
-                if page < spec.sink_pages:
-                    live[sinks[b, page], j % size] |= True
-                elif j >= oldest:
-                    live[ring[b, page % spec.table_width], j % size] = True
-        assert not live[0].any(), "the null page holds live tokens"
-        hide = ~live[None, :, None, :, None]
-        groups.append(
-            dataclasses.replace(
-                state, k_pages=_poison(state.k_pages, hide), v_pages=_poison(state.v_pages, hide)
-            )
-        )
+    for group, state in zip(cache.config.groups, cache.groups, strict=True):
+        change = lambda store, group=group: _poison_store(store, group.spec, cache)
+        groups.append(state.map(change))
     return dataclasses.replace(cache, groups=tuple(groups))
 
 
+def _poison_store(store, spec, cache: KVCache):
+    size = cache.config.page_size
+    live = np.zeros((store.spec.pages, size), bool)
+    ring, sinks = np.asarray(store.tables.ring), np.asarray(store.tables.sinks)
+    lag = store.spec.lag
+    for b, length in enumerate(np.asarray(cache.lengths)):
+        oldest = 0 if spec.window is None else max(0, length - spec.window + 1)
+        for j in range(length):
+            page, behind = j // size, length // size - j // size
+            if page < store.spec.sink_pages:
+                live[sinks[b, page], j % size] = True
+            elif page >= store.spec.first and j >= oldest and lag.least <= behind:
+                if lag.most is None or behind < lag.most:
+                    live[ring[b, page % store.spec.width], j % size] = True
+    assert not live[0].any(), "the null page holds live tokens"
+    if isinstance(store.pages, ExactPages):
+        hide = ~live[None, :, None, :, None]
+        pages = ExactPages(k=_poison(store.pages.k, hide), v=_poison(store.pages.v, hide))
+        return dataclasses.replace(store, pages=pages)
+    layout, arrays = store.pages.layout, {}
+    for name, axis in layout.token_axes.items():
+        x = store.pages.arrays[name]
+        shape = [1] * x.ndim
+        shape[1], shape[axis] = live.shape
+        arrays[name] = _poison(x, ~live.reshape(shape))
+    mean = store.pages.key_mean
+    if mean is not None:
+        mean = _poison(mean, ~live.any(axis=1)[None, :, None, None])
+    pages = dataclasses.replace(store.pages, arrays=arrays, key_mean=mean)
+    return dataclasses.replace(store, pages=pages)
+
+
 def _poison(pages: jax.Array, hide: np.ndarray) -> jax.Array:
-    return jnp.asarray(np.where(hide, np.asarray(np.nan, pages.dtype), np.asarray(pages)))
+    floats = jnp.issubdtype(pages.dtype, jnp.floating)
+    value = np.asarray(np.nan, pages.dtype) if floats else np.iinfo(pages.dtype).max
+    return jnp.asarray(np.where(hide, value, np.asarray(pages)))
 
 
 @functools.partial(
@@ -68,6 +90,7 @@ def step(cache, new_tokens, accepted, qs, ks, vs, q_sink, sink_logits, *, scale,
     return cache.commit(accepted), outs
 
 
+fork = jax.jit(KVCache.fork, donate_argnums=0)
 oracle = jax.jit(dense_attention, static_argnames=("scale", "window", "sink_tokens", "soft_cap"))
 
 
@@ -137,6 +160,13 @@ class Twin:
                 )
         return pairs
 
+    def fork(self, src, dst):
+        """Forks both; the pools must be large enough."""
+        self.cache = fork(self.cache, jnp.int32(src), jnp.int32(dst))
+        assert not np.asarray(self.cache.starved).any()
+        for sequences in self.history:
+            sequences[dst] = sequences[src]
+
     def _check(self, layer, b, count, start, q, k, v, q_sink, outs):
         spec = self.config.layers[layer]
         past_k, past_v = self.history[layer][b]
@@ -161,3 +191,61 @@ class Twin:
             q_sink=None if spec.q_sink_limit is None else q_sink[layer, b][None],
         )
         return np.asarray(outs[layer][b]), np.asarray(expected[0])
+
+
+@functools.partial(jax.jit, static_argnames=("codec", "page_size"))
+def as_read(codec, page_size, k, v):
+    """Keys and values `[tokens, kv_heads, head_dim]` of whole pages as codes give them back."""
+    k, v = (x.reshape(-1, page_size, *x.shape[1:]).swapaxes(1, 2) for x in (k, v))
+    mean = None
+    if codec.key_mean == "page":
+        mean = codec.key.unrotate(codec.key_page_mean(k))[..., None, :]
+    back = (
+        dequantize_original(codec.key, codec.key.quantize(k, mean), mean),
+        dequantize_original(codec.value, codec.value.quantize(v)),
+    )
+    return tuple(x.swapaxes(1, 2).reshape(-1, x.shape[1], x.shape[3]) for x in back)
+
+
+class CodedTwin(Twin):
+    """The oracle of lossy codecs: pair by pair, a key is read as codes iff its place says so."""
+
+    def _check(self, layer, b, count, start, q, k, v, q_sink, outs):
+        spec = self.config.effective(self.config.layers[layer])
+        codec, size = spec.kv_codec, self.config.page_size
+        got = np.asarray(outs[layer][b])
+        past_k, past_v = self.history[layer][b]
+        new = (np.asarray(x[layer, b, :count]) for x in (k, v))
+        k, v = (np.concatenate(x) for x in zip((past_k, past_v), new, strict=True))
+        length = start + count
+        assert len(k) == length
+        room = -(-self.config.max_tokens // size) * size  # one shape to compile
+        pad = lambda x: np.pad(x, [(0, room - length), (0, 0), (0, 0)])
+        k_codes, v_codes = (np.asarray(x)[:length] for x in as_read(codec, size, pad(k), pad(v)))
+        i = start + np.arange(count)[:, None]
+        j = np.arange(length)[None]
+        sees = j <= i
+        if spec.window is not None:
+            sees &= (i - j < spec.window) | (j < spec.sink_tokens)
+        sink_pages = -(-max(spec.sink_tokens, codec.sink_tokens) // size)
+        coded = (j // size >= sink_pages) & (i // size - j // size >= codec.recent_pages)
+        coded &= codec.lossy
+        expected = np.zeros(got.shape, np.float32)
+        group = self.q_heads // spec.kv_heads
+        for head in range(self.q_heads):
+            own = head // group
+            query = np.asarray(q[layer, b, :count, head], np.float64)
+            rotated = np.asarray(q_sink[layer, b, :count, head], np.float64)
+            score = np.where(coded, query @ k_codes[:, own].T, query @ k[:, own].T)
+            if spec.q_sink_limit is not None:
+                score = np.where(j < spec.sink_tokens, rotated @ k[:, own].T, score)
+            score = score * self.scale
+            if self.soft_cap is not None:
+                score = self.soft_cap * np.tanh(score / self.soft_cap)
+            p = np.where(sees, np.exp(score), 0)
+            total = p.sum(axis=1, keepdims=True)
+            if self.sink_logits is not None:
+                total = total + np.exp(np.float64(self.sink_logits[layer, head]))
+            p = p / np.where(total > 0, total, 1)
+            expected[:count, head] = (p * coded) @ v_codes[:, own] + (p * ~coded) @ v[:, own]
+        return got, expected

@@ -14,6 +14,7 @@ from jaxkv.codecs.layouts import default_layout
 from jaxkv.codecs.page_layout import PageLayout
 from jaxkv.codecs.presets import codec_names, get_codec, recipe
 from jaxkv.codecs.token_major import TokenMajor
+from jaxkv.codecs.tokens_last import TokensLast
 from jaxkv.codecs.tokens_on_lanes import TokensOnLanes
 from jaxkv.codecs.turboquant import TurboQuant
 
@@ -28,6 +29,7 @@ __all__ = [
     "Quantized",
     "TensorCodec",
     "TokenMajor",
+    "TokensLast",
     "TokensOnLanes",
     "TurboQuant",
     "codec_names",

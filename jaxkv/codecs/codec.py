@@ -136,8 +136,8 @@ class KVCodec:
     """A key codec, a value codec, and what is kept exact around them; static and hashable.
 
     `key_mean` says which per-channel mean the cache removes from keys: None, "static" (given
-    with the model) or "page" (`page_mean`, stored with each page). The caller adds `q @ mean`
-    to the scores. `recent_pages` and `sink_tokens` are defaults a cache may override.
+    with the model) or "page" (`key_page_mean`, stored with each page). The reader adds
+    `q @ mean` to the scores. `recent_pages` and `sink_tokens` are defaults a cache may override.
     """
 
     name: str
@@ -149,18 +149,35 @@ class KVCodec:
 
     def __post_init__(self):
         if self.key_mean not in (None, "static", "page"):
-            raise ValueError(f"{self.key_mean=} must be None, 'static' or 'page'.")
+            raise ValueError(f"key_mean={self.key_mean!r} must be None, 'static' or 'page'.")
         if (self.key_mean is not None) != self.key.uses_mean:
-            raise ValueError(f"{self.key_mean=} disagrees with {self.key.uses_mean=}.")
+            raise ValueError(f"key_mean={self.key_mean!r} disagrees with {self.key.uses_mean=}.")
         if self.value.uses_mean:
             raise ValueError("Values have no mean: value.uses_mean must be False.")
+        for name in ("recent_pages", "sink_tokens"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative.")
         if self.key_mean == "page" and self.recent_pages < 1:
-            raise ValueError(f"{self.recent_pages=} must be at least 1 with a page mean.")
+            raise ValueError(
+                f"recent_pages={self.recent_pages} must be at least 1 for codec {self.name!r}: a "
+                "page's mean is known when the page is complete."
+            )
 
     @property
     def lossy(self) -> bool:
         """False iff both tensors are kept exactly."""
         return not (isinstance(self.key, Exact) and isinstance(self.value, Exact))
+
+    def key_page_mean(self, keys: jax.Array) -> jax.Array:
+        """Mean of a page's keys in the space of the codes, as stored: `f16[..., head_dim]`.
+
+        Rotated once when it is written, so that reading needs the rotated query alone.
+
+        Args:
+          keys: `[..., page_size, head_dim]`, not rotated.
+        """
+        mean = self.key.rotate(page_mean(keys, axis=-2))
+        return jnp.clip(mean, -FLOAT16_MAX, FLOAT16_MAX).astype(_MEAN_DTYPE)
 
     def page_bytes(self, head_dim: int, page_size: int) -> int:
         """Stored bytes of one page and kv head: keys, values and the page's mean."""

@@ -6,6 +6,7 @@ from jaxkv.codecs.codec import KVCodec
 from jaxkv.codecs.packing import PARTS
 from jaxkv.codecs.page_layout import PageLayout
 from jaxkv.codecs.token_major import TokenMajor
+from jaxkv.codecs.tokens_last import TokensLast
 from jaxkv.codecs.tokens_on_lanes import TokensOnLanes
 
 
@@ -21,10 +22,9 @@ def default_layout(
     """
     if platform not in ("cpu", "gpu", "tpu"):
         raise ValueError(f"{platform=} must be 'cpu', 'gpu' or 'tpu'.")
-    kind = TokensOnLanes
-    if platform != "tpu":
-        word_bits = _gpu_word_bits(codec, head_dim) if platform == "gpu" else 8
-        kind = functools.partial(TokenMajor, word_bits=word_bits)
+    kind = {"cpu": TokensLast, "tpu": TokensOnLanes}.get(platform)
+    if kind is None:
+        kind = functools.partial(TokenMajor, word_bits=_gpu_word_bits(codec, head_dim))
     return kind(codec=codec, kv_heads=kv_heads, head_dim=head_dim, page_size=page_size)
 
 

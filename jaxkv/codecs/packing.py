@@ -40,9 +40,15 @@ def pack_planes(codes: jax.Array, bits: int, word_bits: int = 8) -> tuple[jax.Ar
     return _pack(codes, bits, word_bits, fields_axis=-2)
 
 
-def unpack_planes(words: tuple[jax.Array, ...], bits: int) -> jax.Array:
-    """Codes `u8[..., head_dim]` of `pack_planes`' words."""
-    return _unpack(words, bits, fields_axis=-2)
+def unpack_planes(words: tuple[jax.Array, ...], bits: int, dims_axis: int = -1) -> jax.Array:
+    """Codes `u8[..., head_dim]` of `pack_planes`' words.
+
+    Args:
+      words: as `pack_planes` gives them, or with that axis moved to `dims_axis`.
+      bits: 2, 3, 4 or 8.
+      dims_axis: -1, or -2 where another axis is the last; of the codes, too.
+    """
+    return _unpack(words, bits, fields_axis=dims_axis - 1)
 
 
 def pack_runs(codes: jax.Array, bits: int) -> tuple[jax.Array, ...]:
@@ -103,9 +109,14 @@ def _unpack(words, bits, fields_axis):
     for word, width in zip(words, PARTS[bits], strict=True):
         word_bits = word.dtype.itemsize * 8
         fields = word_bits // width
-        shifts = _field_shifts(word.ndim + 1, fields, width, fields_axis, word_bits)
-        part = jnp.expand_dims(word, fields_axis) >> shifts & word.dtype.type(2**width - 1)
-        part = part.astype(jnp.uint8).reshape(*word.shape[:-1], word.shape[-1] * fields) << shift
+        shifts = np.arange(fields, dtype=word.dtype) * word.dtype.type(width)
+        shape = [1] * (word.ndim + 1)
+        shape[fields_axis] = fields
+        part = jnp.expand_dims(word, fields_axis) >> shifts.reshape(shape)
+        part = (part & word.dtype.type(2**width - 1)).astype(jnp.uint8)
+        merged = list(word.shape)
+        merged[fields_axis + 1 if fields_axis < -1 else -1] *= fields
+        part = part.reshape(merged) << shift
         parts.append(part)
         shift += width
     return functools.reduce(jnp.bitwise_or, parts)

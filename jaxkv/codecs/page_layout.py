@@ -6,8 +6,10 @@ mean is no token's: the cache keeps it as an array of its own.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import jax
+import jax.numpy as jnp
 
 from jaxkv.codecs.codec import KVCodec, Quantized
 
@@ -22,6 +24,8 @@ class PageLayout:
     `[..., kv_heads, tokens]`; `tokens` is `page_size`, or fewer where single tokens are written
     (every word belongs to one token, so writing needs no read).
     """
+
+    dims_first: ClassVar[bool] = False  # how `gather` gives codes
 
     codec: KVCodec
     kv_heads: int
@@ -57,6 +61,46 @@ class PageLayout:
     def unpack(self, arrays: Arrays) -> tuple[Quantized, Quantized]:
         """Inverse of `pack`."""
         raise NotImplementedError
+
+    def gather(
+        self, arrays: Arrays, layer: int | jax.Array, page: jax.Array
+    ) -> tuple[Quantized, Quantized]:
+        """Pages side by side: codes `[batch, kv_heads, n, ...]`, factors `[..., n, tokens]`.
+
+        The last axes of codes are `head_dim, tokens` if `dims_first`, else `tokens, head_dim`.
+
+        Args:
+          arrays: pools, each `[layers, pages, ...]`.
+          layer: index, static or traced.
+          page: `i32[batch, n]`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} is read by its own kernels only.")
+
+    def append(
+        self,
+        arrays: Arrays,
+        packed: Arrays,
+        layer: int | jax.Array,
+        page: jax.Array,
+        slot: jax.Array,
+    ) -> Arrays:
+        """Writes single tokens into pools; ids that are no page are skipped.
+
+        Args:
+          arrays: pools, each `[layers, pages, ...]`.
+          packed: `pack` of a record `[batch, kv_heads, tokens, head_dim]`.
+          layer: index, static or traced.
+          page: `i32[batch, tokens]`.
+          slot: `i32[batch, tokens]`, place in the page.
+        """
+        new = {}
+        for name, axis in self.token_axes.items():
+            pool, x = arrays[name], packed[name]
+            place = [layer, page] + [slice(None)] * (pool.ndim - 2)
+            place[pool.ndim + axis] = slot
+            # Indices apart from each other bring their axes to the front: [batch, tokens, ...].
+            new[name] = pool.at[tuple(place)].set(jnp.moveaxis(x, axis, 1), mode="drop")
+        return new
 
     def _check_waste(self):
         if self.allocated_bytes > MAX_WASTE * self.useful_bytes:

@@ -61,7 +61,9 @@ def same(name: str, codec: TensorCodec) -> KVCodec:
 
 _PRESETS = (
     same("exact", Exact()),
-    same("int8", Int8()),
+    # Keys have channels far from zero: with a zero point they lose less than half as much (KL
+    # 0.0004 against 0.0008), values don't.
+    KVCodec(name="int8", key=MinMax(8), value=Int8()),
     same("fp8_e4m3", Float8("e4m3")),
     same("fp8_e5m2", Float8("e5m2")),
     published("k8v4", Float8("e4m3"), 4),

@@ -49,6 +49,17 @@ class TokenMajor(PageLayout):
     def token_axes(self) -> dict[str, int]:
         return {name: -1 if name.endswith("factors") else -2 for name in self.arrays}
 
+    def gather(
+        self, arrays: Arrays, layer: int | jax.Array, page: jax.Array
+    ) -> tuple[Quantized, Quantized]:
+        x = {name: pool[layer, page] for name, pool in arrays.items()}
+        heads_first = lambda x: jnp.swapaxes(x, 1, 2)  # [batch, n, kv_heads, ...] as gathered
+        key, value = self.unpack(x)
+        return (
+            Quantized(heads_first(key.codes), tuple(map(heads_first, key.factors))),
+            Quantized(heads_first(value.codes), tuple(map(heads_first, value.factors))),
+        )
+
     def pack(self, key: Quantized, value: Quantized) -> Arrays:
         arrays = {}
         for side, tensor, record in (("k", self.codec.key, key), ("v", self.codec.value, value)):

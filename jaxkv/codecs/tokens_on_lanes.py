@@ -27,9 +27,9 @@ class TokensOnLanes(PageLayout):
 
     Rows of head h: key words, then value words (`packing.pack_runs`: word r of a nibble holds
     dims 8r..8r+7 as `code - 8`; 3 bits are all 2-bit words, then all 1-bit words). 8-bit codes
-    are 4 to a word. `meta[rows, 128]` u32, of head h: key factor low and value scale high, then
-    the value's zero if it has one. An exact codec has `codes` of its own dtype, K rows then V
-    rows. Row counts are multiples of the tile's (1, 2, 4 or 8; 16 for 16-bit values), zeros
+    are 4 to a word. `meta[rows, 128]` u32, of head h: key scale low and value scale high, then
+    the zeros there are, the key's first. An exact codec has `codes` of its own dtype, K rows then
+    V rows. Row counts are multiples of the tile's (1, 2, 4 or 8; 16 for 16-bit values), zeros
     appended where they are not.
     """
 
@@ -41,8 +41,6 @@ class TokensOnLanes(PageLayout):
         key, value = self.codec.key, self.codec.value
         if key != value and (isinstance(key, Exact) or isinstance(value, Exact)):
             raise ValueError(f"{self.codec.name} pairs an exact tensor with another kind.")
-        if len(key.factor_dtypes) > 1:
-            raise ValueError("keys must have at most one factor.")
         if not isinstance(key, Exact):
             for tensor in (key, value):
                 check_packable(self.head_dim, tensor.bits, 32)
@@ -71,11 +69,12 @@ class TokensOnLanes(PageLayout):
         rows_first = self._rows_first(rows, shape.shape[0])
         arrays = {"codes": jax.lax.bitcast_convert_type(rows_first, shape.dtype)}
         if self._meta_rows:
-            zero = jnp.zeros(rows.shape[:-1], jnp.float16)
+            none = jnp.zeros(rows.shape[:-1], jnp.float16)
             meta = [
-                pack_float16_pairs(*(r.factors[0] if r.factors else zero for r in (key, value)))
+                pack_float16_pairs(*(r.factors[0] if r.factors else none for r in (key, value)))
             ]
-            meta += [pack_float16_pairs(factor) for factor in value.factors[1:]]
+            zeros = [*key.factors[1:], *value.factors[1:]]
+            meta += [pack_float16_pairs(*zeros)] if zeros else []
             arrays["meta"] = self._rows_first(jnp.stack(meta, -1), self.arrays["meta"].shape[0])
         return arrays
 
@@ -92,8 +91,13 @@ class TokensOnLanes(PageLayout):
             low, high = unpack_float16_pairs(meta[..., 0], low, high)
             key_factors = (low,) if key.factor_dtypes else ()
             value_factors = (high,) if value.factor_dtypes else ()
-            for i, dtype in enumerate(value.factor_dtypes[1:]):
-                value_factors += unpack_float16_pairs(meta[..., 1 + i], dtype)
+            if dtypes := [*key.factor_dtypes[1:], *value.factor_dtypes[1:]]:
+                zeros = unpack_float16_pairs(meta[..., 1], *dtypes)
+                more = len(key.factor_dtypes[1:])
+                key_factors, value_factors = (
+                    key_factors + zeros[:more],
+                    value_factors + zeros[more:],
+                )
         return (
             Quantized(_codes(key, key_rows), key_factors),
             Quantized(_codes(value, value_rows), value_factors),

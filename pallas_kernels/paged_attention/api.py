@@ -1,19 +1,21 @@
-"""Checks a call, picks who serves it, and finishes the learned sink."""
+"""Checks a call, narrows it to what can be seen, picks who serves it, adds the learned sink."""
 
 import jax
+import jax.numpy as jnp
 
 from pallas_kernels.backends import Backend, choose_backend
 from pallas_kernels.paged_attention import reference, xla
+from pallas_kernels.pages import Pages
 from pallas_kernels.segments import add_learned_sink
 from pallas_kernels.shapes import bind_dims
+from pallas_kernels.visibility import PageLag, seen_span
 
 BACKENDS: tuple[Backend, ...] = ("xla", "reference")
 
 
 def paged_attention(
     q: jax.Array,
-    k_pages: jax.Array,
-    v_pages: jax.Array,
+    pages: Pages,
     page_table: jax.Array,
     *,
     layer: int | jax.Array,
@@ -24,6 +26,8 @@ def paged_attention(
     scale: float,
     window: int | None = None,
     sink_tokens: int = 0,
+    lag: PageLag | None = None,
+    sink_table: jax.Array | None = None,
     soft_cap: float | None = None,
     sink_logits: jax.Array | None = None,
     backend: Backend | None = None,
@@ -32,16 +36,16 @@ def paged_attention(
 
     Query `t` of a sequence stands at position `i = q_start + t` and sees key `j` of the segment
     `kv_start <= j < kv_stop` iff `j <= i and (window is None or i - j < window or
-    j < sink_tokens)`. Keys of the new tokens must have been written already. Probabilities are
-    `exp(s_j) / (sum_j exp(s_j) + exp(sink_logit))`, `s` scaled, then soft-capped.
+    j < sink_tokens)` and `lag`, if given, serves the pair. Keys of the new tokens must have been
+    written already. Probabilities are `exp(s_j) / (sum_j exp(s_j) + exp(sink_logit))`, `s`
+    scaled, then soft-capped.
 
     Args:
-      q: `[batch, q_tokens, q_heads, head_dim]`, any float dtype.
-      k_pages: `[layers, pages, kv_heads, page_size, head_dim]`; `kv_heads` divides `q_heads`.
-      v_pages: like `k_pages`.
+      q: `[batch, q_tokens, q_heads, head_dim]`, any float dtype, not rotated by a codec.
+      pages: exact or coded pools; their `kv_heads` divides `q_heads`.
       page_table: `i32[batch, width]`, a ring: logical page `g` stands in slot `g % width`. Entries
         of pages outside the segment are not read.
-      layer: index into the pages' first axis, static or traced.
+      layer: index into the pools' first axis, static or traced.
       q_start: `i32[batch]`, position of the first query token.
       q_lens: `i32[batch]`, query tokens that count; later rows see nothing.
       kv_start: `i32[batch]`, first position of the segment.
@@ -49,6 +53,10 @@ def paged_attention(
       scale: usually `head_dim ** -0.5`.
       window: tokens a query sees, itself included; None for all.
       sink_tokens: first tokens, visible whatever the window.
+      lag: how many pages behind the query's own a key must lie; None for any number.
+      sink_table: `i32[batch, sink_pages]`, further pages of the same pools, read besides the
+        segment: logical pages `0 .. sink_pages`, up to `kv_stop`; `lag` does not count there.
+        The segment must begin behind them.
       soft_cap: bound on scores (Gemma 2); None for none.
       sink_logits: `f32[q_heads]`, learned, in the denominator only (gpt-oss).
       backend: who computes; None picks by platform.
@@ -62,35 +70,52 @@ def paged_attention(
       ValueError: shapes disagree.
       NotImplementedError: the named backend does not serve this op.
     """
+    dims = pages.dims
     sizes = bind_dims(
         q=(q, "batch q_tokens q_heads head_dim"),
-        k_pages=(k_pages, "layers pages kv_heads page_size head_dim"),
-        v_pages=(v_pages, "layers pages kv_heads page_size head_dim"),
         page_table=(page_table, "batch width"),
+        sink_table=(sink_table, "batch sink_pages"),
         q_start=(q_start, "batch"),
         q_lens=(q_lens, "batch"),
         kv_start=(kv_start, "batch"),
         kv_stop=(kv_stop, "batch"),
         sink_logits=(sink_logits, "q_heads"),
     )
-    if sizes["q_heads"] % sizes["kv_heads"]:
-        raise ValueError(f"q_heads={sizes['q_heads']} must be a multiple of {sizes['kv_heads']=}.")
+    if sizes["head_dim"] != dims["head_dim"]:
+        raise ValueError(f"q has head_dim={sizes['head_dim']}, the pages {dims['head_dim']}.")
+    if sizes["q_heads"] % dims["kv_heads"]:
+        raise ValueError(f"q_heads={sizes['q_heads']} must be a multiple of {dims['kv_heads']=}.")
+    if lag is not None and lag.page_size != dims["page_size"]:
+        raise ValueError(f"{lag.page_size=} must be the pages' {dims['page_size']}.")
+    sink_stop, ring_sinks = None, sink_tokens
+    if sink_table is not None:
+        # Sink pages are a span of their own, and nothing but tokens of the window is left outside.
+        sink_stop = jnp.minimum(kv_stop, sink_table.shape[1] * dims["page_size"])
+        begin, sink_stop = seen_span(
+            q_start, q_lens, 0 * kv_start, sink_stop, window=window, sink_tokens=sink_tokens
+        )
+        sink_stop, ring_sinks = jnp.where(sink_stop > begin, sink_stop, 0), 0
+    kv_start, kv_stop = seen_span(
+        q_start, q_lens, kv_start, kv_stop, window=window, sink_tokens=ring_sinks, lag=lag
+    )
     serve = {"xla": xla, "reference": reference}[
         choose_backend("paged_attention", backend, BACKENDS)
     ]
     out, lse = serve.paged_attention(
         q,
-        k_pages,
-        v_pages,
+        pages,
         page_table,
+        sink_table,
         layer=layer,
         q_start=q_start,
         q_lens=q_lens,
         kv_start=kv_start,
         kv_stop=kv_stop,
+        sink_stop=sink_stop,
         scale=scale,
         window=window,
         sink_tokens=sink_tokens,
+        lag=lag,
         soft_cap=soft_cap,
     )
     return (out, lse) if sink_logits is None else add_learned_sink(out, lse, sink_logits)

@@ -1,51 +1,81 @@
-"""Gathers the whole segment and applies the formula in float32. Slow; for tests."""
+"""Gathers the whole segment, dequantized, and applies the formula in float32. For tests."""
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.dense_attention import dense_attention
+from pallas_kernels.pages import CodedPages, Pages
+from pallas_kernels.segments import merge
 
 
 def paged_attention(
     q,
-    k_pages,
-    v_pages,
+    pages,
     page_table,
+    sink_table,
     *,
     layer,
     q_start,
     q_lens,
     kv_start,
     kv_stop,
+    sink_stop,
     scale,
     window,
     sink_tokens,
+    lag,
     soft_cap,
 ) -> tuple[jax.Array, jax.Array]:
     """See `api.paged_attention`."""
-    batch, width = page_table.shape
-    page_size = k_pages.shape[3]
+    row = jnp.arange(q.shape[1], dtype=jnp.int32)[None]
+    q_position = jnp.where(row < q_lens[:, None], q_start[:, None] + row, -1)
+
+    def segment(table, start, stop, lag):
+        k, v, k_position = _read(pages, layer, table, start, stop)
+        return dense_attention(
+            q,
+            k,
+            v,
+            q_position,
+            k_position,
+            scale=scale,
+            window=window,
+            sink_tokens=sink_tokens,
+            lag=lag,
+            soft_cap=soft_cap,
+        )
+
+    part = segment(page_table, kv_start, kv_stop, lag)
+    if sink_table is None:
+        return part
+    return merge(*part, *segment(sink_table, 0 * kv_start, sink_stop, None))
+
+
+def _read(pages: Pages, layer, table, start, stop) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Keys, values `[batch, tokens, kv_heads, head_dim]` and positions, -1 outside the segment."""
+    page_size, width = pages.dims["page_size"], table.shape[1]
     # The only logical page that a slot of the ring can hold, counting from the segment's first.
-    first = (kv_start // page_size)[:, None]
+    first = (start // page_size)[:, None]
     logical = first + (jnp.arange(width, dtype=jnp.int32)[None] - first) % width
     slot = jnp.arange(page_size, dtype=jnp.int32)[None, None]
-    k_position = logical[:, :, None] * page_size + slot
-    k_position = k_position.reshape(batch, -1)
-    inside = (k_position >= kv_start[:, None]) & (k_position < kv_stop[:, None])
-    row = jnp.arange(q.shape[1], dtype=jnp.int32)[None]
+    position = (logical[:, :, None] * page_size + slot).reshape(len(table), -1)
+    inside = (position >= start[:, None]) & (position < stop[:, None])
 
-    def flatten(pages):
-        x = jnp.swapaxes(pages[layer, page_table], 2, 3)  # [batch, width, page_size, heads, dim]
-        return x.reshape(batch, width * page_size, *x.shape[3:])
+    def flatten(x):
+        x = jnp.swapaxes(x, 2, 3)
+        return x.reshape(x.shape[0], width * page_size, *x.shape[3:])
 
-    return dense_attention(
-        q,
-        flatten(k_pages),
-        flatten(v_pages),
-        jnp.where(row < q_lens[:, None], q_start[:, None] + row, -1),
-        jnp.where(inside, k_position, -1),
-        scale=scale,
-        window=window,
-        sink_tokens=sink_tokens,
-        soft_cap=soft_cap,
-    )
+    k, v = _dequantized(pages, layer, table)
+    return flatten(k), flatten(v), jnp.where(inside, position, -1)
+
+
+def _dequantized(pages: Pages, layer, page) -> tuple[jax.Array, jax.Array]:
+    """Keys and values of whole pages as the model would have them, `f32`."""
+    if not isinstance(pages, CodedPages):
+        return pages.k[layer, page].astype(jnp.float32), pages.v[layer, page].astype(jnp.float32)
+    codec = pages.layout.codec
+    key, value = pages.layout.unpack({name: x[layer, page] for name, x in pages.arrays.items()})
+    k = codec.key.dequantize(key)
+    if pages.key_mean is not None:
+        k = k + pages.key_mean[layer, page][..., None, :].astype(jnp.float32)
+    return codec.key.unrotate(k), codec.value.unrotate(codec.value.dequantize(value))

@@ -3,6 +3,7 @@
 import jax
 
 from pallas_kernels.backends import Backend, choose_backend
+from pallas_kernels.pages import Pages
 from pallas_kernels.shapes import bind_dims
 from pallas_kernels.write_pages import xla
 
@@ -10,39 +11,45 @@ BACKENDS: tuple[Backend, ...] = ("xla",)
 
 
 def write_pages(
-    pages: jax.Array,
-    x: jax.Array,
+    pages: Pages,
+    k: jax.Array,
+    v: jax.Array,
     *,
     layer: int | jax.Array,
     page: jax.Array,
     slot: jax.Array,
     writes: jax.Array,
     backend: Backend | None = None,
-) -> jax.Array:
-    """Stores `x[b, t]` at `pages[layer, page[b, t], :, slot[b, t]]` where `writes[b, t]`.
+) -> Pages:
+    """Stores token `t` of sequence `b` at slot `slot[b, t]` of page `page[b, t]`.
 
     Args:
-      pages: `[layers, pages, kv_heads, page_size, head_dim]`; donate it for an update in place.
-      x: `[batch, tokens, kv_heads, head_dim]`, rounded to the dtype of `pages`.
-      layer: index into the first axis of `pages`, static or traced.
+      pages: pools; donate them for an update in place. Exact ones round to their dtype, coded
+        ones quantize each token by itself, so they must not have a page mean.
+      k: `[batch, tokens, kv_heads, head_dim]`.
+      v: like `k`.
+      layer: index into the pools' first axis, static or traced.
       page: `i32[batch, tokens]`, page ids.
       slot: `i32[batch, tokens]`, places in the page.
       writes: `bool[batch, tokens]`; nothing is written elsewhere.
       backend: None picks by platform.
 
     Returns:
-      The new `pages`.
+      The new pages.
 
     Raises:
       ValueError: shapes disagree.
       NotImplementedError: the named backend does not serve this op.
     """
-    bind_dims(
-        pages=(pages, "layers pages kv_heads page_size head_dim"),
-        x=(x, "batch tokens kv_heads head_dim"),
+    sizes = bind_dims(
+        k=(k, "batch tokens kv_heads head_dim"),
+        v=(v, "batch tokens kv_heads head_dim"),
         page=(page, "batch tokens"),
         slot=(slot, "batch tokens"),
         writes=(writes, "batch tokens"),
     )
+    for name in ("kv_heads", "head_dim"):
+        if sizes[name] != pages.dims[name]:
+            raise ValueError(f"k.shape={k.shape}: {name} must be {pages.dims[name]}.")
     choose_backend("write_pages", backend, BACKENDS)
-    return xla.write_pages(pages, x, layer=layer, page=page, slot=slot, writes=writes)
+    return xla.write_pages(pages, k, v, layer=layer, page=page, slot=slot, writes=writes)

@@ -68,7 +68,7 @@ class Model:
 
     def __init__(self, config: CacheConfig):
         self.config, self.specs = config, [group.spec for group in config.groups]
-        self.capacity = [group.pages - 1 for group in config.groups]
+        self.capacity = [group.exact.pages - 1 for group in config.groups]
         self.tables = [[{} for _ in range(config.batch)] for _ in self.specs]  # logical: Page
         self.lengths, self.pending = [0] * config.batch, [0] * config.batch
         self.starved, self.too_long = [False] * config.batch, [False] * config.batch
@@ -156,14 +156,14 @@ def check(cache: KVCache, model: Model):
     cache = jax.device_get(cache)
     for name in ("lengths", "pending", "starved", "too_long"):
         assert getattr(cache, name).tolist() == getattr(model, name), name
-    for spec, state, tables in zip(cache.config.groups, cache.groups, model.tables, strict=True):
-        check_pool(spec, state)
-        check_tables(spec, state, tables, model)
+    for group, state, tables in zip(cache.config.groups, cache.groups, model.tables, strict=True):
+        check_pool(state.exact)
+        check_tables(group, state.exact, tables, model)
 
 
-def check_pool(spec, state):
-    pool = state.pool
-    named = np.concatenate([state.tables.ring.ravel(), state.tables.sinks.ravel()])
+def check_pool(store):
+    pool, spec = store.pool, store.spec
+    named = np.concatenate([store.tables.ring.ravel(), store.tables.sinks.ravel()])
     occurrences = np.bincount(named[named > 0], minlength=spec.pages)
     np.testing.assert_array_equal(pool.references, occurrences)
     free_stack = set(pool.free_stack[: pool.free_pages].tolist())
@@ -172,38 +172,39 @@ def check_pool(spec, state):
     assert not free_stack & referenced, "a page is free and referenced"
     assert free_stack | referenced | {0} == set(range(spec.pages)), "a page is lost"
     assert pool.free_pages + len(referenced) + 1 == spec.pages
-    assert not state.k_pages[:, 0].any() and not state.v_pages[:, 0].any(), "null page written"
+    assert not store.pages.k[:, 0].any() and not store.pages.v[:, 0].any(), "null page written"
 
 
-def check_tables(spec, state, tables, model):
+def check_tables(group, store, tables, model):
+    spec = store.spec
     physical = {}  # of each model page: shared iff shared there
     for b, pages in enumerate(tables):
-        ring, sinks = state.tables.ring[b], state.tables.sinks[b]
+        ring, sinks = store.tables.ring[b], store.tables.sinks[b]
         entries = np.concatenate([ring, sinks])
         held = entries[entries != 0].tolist()
         assert len(set(held)) == len(held), "a page stands twice in a sequence's tables"
         assert len(held) == len(pages)
-        if spec.spec.window is not None:
+        if spec.window is not None:
             begun = {j // PAGE for j in range(model.lengths[b])}
             stop = model.lengths[b] + model.pending[b]
             in_flight = {j // PAGE for j in range(model.lengths[b], stop)} - begun
-            most = -(-(spec.spec.window - 1) // PAGE) + 1 + len(in_flight)
+            most = -(-(spec.window - 1) // PAGE) + 1 + len(in_flight)
             assert np.count_nonzero(ring) <= most
         for logical, page in pages.items():
             in_sinks = logical < spec.sink_pages
-            number = int(sinks[logical] if in_sinks else ring[logical % spec.table_width])
+            number = int(sinks[logical] if in_sinks else ring[logical % spec.width])
             assert physical.setdefault(id(page), number) == number != 0
-            check_contents(spec, state, number, page.numbers)
+            check_contents(group, store, number, page.numbers)
     assert len(set(physical.values())) == len(physical), "two pages became one"
 
 
-def check_contents(spec, state, number, expected):
+def check_contents(group, store, number, expected):
     slots = np.flatnonzero(~np.isnan(expected))
-    for index, layer in enumerate(spec.layers):
-        stored = state.k_pages[index, number, 0, slots]
+    for index, layer in enumerate(group.layers):
+        stored = store.pages.k[index, number, 0, slots]
         np.testing.assert_array_equal(stored[:, 0], expected[slots])
         np.testing.assert_array_equal(stored[:, 1], np.float32(layer))
-        np.testing.assert_array_equal(state.v_pages[index, number, 0, slots], -stored)
+        np.testing.assert_array_equal(store.pages.v[index, number, 0, slots], -stored)
 
 
 class Pair:
@@ -386,7 +387,7 @@ def test_fork_at_a_page_boundary_needs_no_page():
     pair.append([8, 0, 0, 0])
     pair.fork([0, 0, 0], [1, 2, 3])
     assert pair.cache.lengths.tolist() == [8] * 4
-    assert pair.cache.groups[0].pool.free_pages == 0
+    assert pair.cache.groups[0].exact.pool.free_pages == 0
     pair.free([True, True, True, False])
     pair.free([False, False, False, True])
     assert pair.cache.pages_in_use.tolist() == [0, 0, 0]

@@ -1,5 +1,6 @@
 """A donated cache is updated in place, however the layers are looped, and windows bound it."""
 
+import dataclasses
 import functools
 import math
 import re
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from jaxkv import CacheConfig, KVCache, LayerSpec
+from jaxkv.codecs import get_codec
 from pallas_kernels.dense_attention import dense_attention
 from tests.helpers import TOLERANCE
 
@@ -78,22 +80,23 @@ def repeated(layers, cache, x):
     return jax.lax.while_loop(lambda carry: carry[0] < 9, body, (jnp.int32(0), cache, x))[1:]
 
 
-def compile_for(operation, *arguments):
+def compile_for(operation, *arguments, config=BIG):
     """Compiles without allocating anything; the cache, the first argument, is donated."""
-    cache = jax.eval_shape(lambda: KVCache.create(BIG))
+    cache = jax.eval_shape(lambda: KVCache.create(config))
     return cache, jax.jit(operation, donate_argnums=0).lower(cache, *arguments).compile()
 
 
 def assert_in_place(cache, compiled):
-    pools = [pages for state in cache.groups for pages in (state.k_pages, state.v_pages)]
+    stores = [store for state in cache.groups for store in state.stores]
+    pools = [pool for store in stores for pool in jax.tree.leaves(store.pages)]
     pool_bytes = sum(math.prod(pages.shape) * pages.dtype.itemsize for pages in pools)
     assert pool_bytes > 256 << 20
     memory = compiled.memory_analysis()
     assert memory.temp_size_in_bytes < 4 << 20
     assert memory.alias_size_in_bytes >= pool_bytes, "the output is not the input's memory"
     for pages in pools:
-        shape = re.escape(f"f32[{','.join(map(str, pages.shape))}]")
-        copies = re.findall(rf"= {shape}\S* copy\S*\(.*", compiled.as_text())
+        shape = re.escape(f"[{','.join(map(str, pages.shape))}]")
+        copies = re.findall(rf"= \w+{shape}\S* copy\S*\(.*", compiled.as_text())
         assert not copies
 
 
@@ -103,6 +106,23 @@ def assert_in_place(cache, compiled):
 def test_step_makes_no_copy_of_the_pool(steps, layers, tokens):
     x = jax.ShapeDtypeStruct((BATCH, tokens, Q_HEADS, HEAD_DIM), jnp.float32)
     assert_in_place(*compile_for(functools.partial(steps, layers), x))
+
+
+def coded(name, recent_pages):
+    """BIG with coded pages, of sequences so long that its pools of codes are large."""
+    codec = dataclasses.replace(get_codec(name), recent_pages=recent_pages)
+    wide = dataclasses.replace(WITH_SINKS, codec=codec, window=250_000)
+    layers = (dataclasses.replace(FULL, codec=codec), wide) * 2
+    return dataclasses.replace(BIG, layers=layers, max_tokens=300_000)
+
+
+@pytest.mark.parametrize("tokens", [1, CHUNK])
+@pytest.mark.parametrize("layers", [unrolled, scanned])
+@pytest.mark.parametrize("name, recent_pages", [("tq3", 2), ("4bit_nc", 0)])
+def test_step_makes_no_copy_of_coded_pools(name, recent_pages, layers, tokens):
+    x = jax.ShapeDtypeStruct((BATCH, tokens, Q_HEADS, HEAD_DIM), jnp.float32)
+    steps = functools.partial(repeated, layers)
+    assert_in_place(*compile_for(steps, x, config=coded(name, recent_pages)))
 
 
 def test_fork_copies_pages_not_the_pool():
@@ -155,8 +175,8 @@ def test_stream_of_any_length_runs_in_constant_pages():
     keys = np.random.default_rng(0).standard_normal((STREAM, 8), dtype=np.float32)
     cache, outs, used = stream(KVCache.create(STREAMED), keys)
     assert cache.lengths.tolist() == [STREAM, STREAM // 2]
-    assert [state.tables.ring.shape[1] for state in cache.groups] == [5, 5]
-    assert [state.k_pages.shape[1] for state in cache.groups] == [1 + 2 * 5, 1 + 2 * (5 + 1)]
+    assert [state.exact.tables.ring.shape[1] for state in cache.groups] == [5, 5]
+    assert [state.exact.pages.k.shape[1] for state in cache.groups] == [1 + 2 * 5, 1 + 2 * (5 + 1)]
 
     period = np.asarray(used)[256:-8].reshape(-1, 32, 2)  # 32 steps are whole pages of both
     np.testing.assert_array_equal(period, np.broadcast_to(period[0], period.shape))

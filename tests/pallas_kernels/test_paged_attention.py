@@ -11,6 +11,7 @@ import pytest
 from pallas_kernels.backends import choose_backend
 from pallas_kernels.dense_attention import dense_attention
 from pallas_kernels.paged_attention import BACKENDS, paged_attention
+from pallas_kernels.pages import ExactPages
 from tests.helpers import TOLERANCE
 
 PAGE, LAYERS, LAYER, KV_HEADS, GROUP, HEAD_DIM = 8, 3, 1, 2, 3, 20
@@ -35,8 +36,10 @@ class Case:
     v: jax.Array
 
     def attend(self, *, layer=LAYER, **options):
-        arrays = (self.q, self.k_pages, self.v_pages, self.page_table)
-        return paged_attention(*arrays, layer=layer, scale=0.2, **self.where, **options)
+        pages = ExactPages(k=self.k_pages, v=self.v_pages)
+        return paged_attention(
+            self.q, pages, self.page_table, layer=layer, scale=0.2, **self.where, **options
+        )
 
     def dense(self, **options):
         start, count, first, stop = (
@@ -111,8 +114,7 @@ def test_two_keys_by_hand(backend):
     one = jnp.asarray([1], jnp.int32)
     out, lse = paged_attention(
         jnp.full((1, 1, 2, 1), 2.0),
-        pages,
-        jnp.exp(pages),  # 1 and 3
+        ExactPages(k=pages, v=jnp.exp(pages)),  # values 1 and 3
         jnp.asarray([[1]], jnp.int32),
         layer=0,
         q_start=one,

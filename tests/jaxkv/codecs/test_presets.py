@@ -5,7 +5,7 @@ from jaxkv.codecs import Float8, MinMax, TurboQuant, codec_names, get_codec, rec
 # At head_dim 64 and page 64, factors and page means included: what issue 4 and DESIGN allow.
 BITS = {
     "exact": 16,
-    "int8": 8.25,
+    "int8": 8.375,
     "fp8_e4m3": 8,
     "fp8_e5m2": 8,
     "k8v4": 6.25,

@@ -1,0 +1,48 @@
+"""Checks a call and picks who serves it."""
+
+import jax
+
+from pallas_kernels.backends import Backend, choose_backend
+from pallas_kernels.pages import CodedPages, ExactPages
+from pallas_kernels.quantize_pages import xla
+from pallas_kernels.shapes import bind_dims
+
+BACKENDS: tuple[Backend, ...] = ("xla",)
+
+
+def quantize_pages(
+    coded: CodedPages,
+    exact: ExactPages,
+    *,
+    layer: int | jax.Array | None,
+    source: jax.Array,
+    target: jax.Array,
+    wanted: jax.Array,
+    backend: Backend | None = None,
+) -> CodedPages:
+    """Quantizes page `source[i]` of `exact` into page `target[i]` of `coded` where `wanted[i]`.
+
+    Args:
+      coded: pools with as many layers as `exact`; donate them for an update in place.
+      exact: pools; every token of a wanted page must stand in it.
+      layer: index into the pools' first axis, static or traced; None for all layers.
+      source: `i32[n]`, page ids.
+      target: `i32[n]`, page ids, different where wanted.
+      wanted: `bool[n]`; the others cost nothing.
+      backend: None picks by platform.
+
+    Returns:
+      The new coded pages.
+
+    Raises:
+      ValueError: shapes disagree.
+      NotImplementedError: the named backend does not serve this op.
+    """
+    bind_dims(source=(source, "n"), target=(target, "n"), wanted=(wanted, "n"))
+    for name, size in coded.dims.items():
+        if name != "pages" and exact.dims[name] != size:
+            raise ValueError(f"{name}={exact.dims[name]} of exact pages must be {size}.")
+    choose_backend("quantize_pages", backend, BACKENDS)
+    return xla.quantize_pages(
+        coded, exact, layer=layer, source=source, target=target, wanted=wanted
+    )
