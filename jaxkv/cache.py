@@ -6,6 +6,7 @@ the old one and the pages are updated in place.
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -34,8 +35,15 @@ class KVCache:
     config: CacheConfig = dataclasses.field(metadata=dict(static=True))
 
     @classmethod
-    def create(cls, config: CacheConfig) -> "KVCache":
+    def create(
+        cls, config: CacheConfig, *, key_means: Sequence[jax.Array] | None = None
+    ) -> "KVCache":
         """Allocates an empty cache; `jaxkv.plan(config)` tells its bytes beforehand.
+
+        Args:
+          config: what to keep.
+          key_means: `[kv_heads, head_dim]` for each layer, means of its rotated (RoPE) keys, for
+            codecs with `key_mean="static"`; `jaxkv.fit_key_means` makes them.
 
         Raises:
           ValueError: the configuration can't be; names the value.
@@ -43,7 +51,7 @@ class KVCache:
         config = config.checked()
         # Each array its own: a buffer that stands twice in a donated state is refused.
         return cls(
-            groups=tuple(create_group(group, config.batch) for group in config.groups),
+            groups=tuple(create_group(group, config.batch, key_means) for group in config.groups),
             lengths=jnp.zeros(config.batch, jnp.int32),
             pending=jnp.zeros(config.batch, jnp.int32),
             starved=jnp.zeros(config.batch, bool),

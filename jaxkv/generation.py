@@ -226,6 +226,7 @@ def generate(
     codec: str | KVCodec = "exact",
     keep_first: int = 0,
     keep_last: int = 0,
+    key_means: Sequence[jax.Array] | None = None,
     cache_dtype: str | None = None,
     page_size: int = 64,
     pages: int | None = None,
@@ -251,6 +252,7 @@ def generate(
         "tq4", "int8", ...) or a `KVCodec`.
       keep_first: so many of the first layers stay exact.
       keep_last: so many of the last ones.
+      key_means: of every layer, for a codec with `key_mean="static"`, see `fit_key_means`.
       cache_dtype: float type of exact pages; None for the model's.
       page_size: tokens a page.
       pages: cap on each pool of the cache; None reserves for the worst case.
@@ -294,7 +296,7 @@ def generate(
         jnp.asarray(stop_ids, jnp.int32),
         jnp.full(len(prompts), max_tokens, jnp.int32),
     )
-    cache = KVCache.create(config)
+    cache = KVCache.create(config, key_means=key_means)
     compile_seconds = -time.perf_counter()
     _compile(model, cache, padded, draw, chunk, block, backend)
     compile_seconds += time.perf_counter()

@@ -4,6 +4,7 @@ import dataclasses
 import math
 
 import jax
+import jax.numpy as jnp
 
 from jaxkv.cache import KVCache
 from jaxkv.config import CacheConfig
@@ -23,7 +24,8 @@ def plan(config: CacheConfig) -> Plan:
     Raises:
       ValueError: the configuration can't be.
     """
-    abstract = jax.eval_shape(lambda: KVCache.create(config))
+    means = [jnp.zeros((spec.kv_heads, spec.head_dim)) for spec in config.layers]
+    abstract = jax.eval_shape(lambda: KVCache.create(config, key_means=means))
     return Plan(groups=tuple(map(_bytes, abstract.groups)), total=_bytes(abstract))
 
 

@@ -6,6 +6,7 @@ it may reach; committing releases what lies outside the span of the length it di
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +37,8 @@ class Store:
     @property
     def page_bytes(self) -> int:
         """Bytes of one page over all layers, keys, values, factors and means."""
-        return sum(x.nbytes // x.shape[1] for x in jax.tree.leaves(self.pages))
+        pools = (x for x in jax.tree.leaves(self.pages) if x.shape[1] == self.spec.pages)
+        return sum(x.nbytes // x.shape[1] for x in pools)  # a static key mean is no page's
 
     def needed(self, lengths: jax.Array, new_tokens: jax.Array) -> jax.Array:
         """Pages that `new_tokens` more tokens need at most, `i32[batch]`."""
@@ -219,8 +221,10 @@ class GroupState:
         return self.stores[0].spec.lag.page_size
 
 
-def create_group(group: LayerGroup, batch: int) -> GroupState:
-    """Allocates empty stores for a layer group."""
+def create_group(
+    group: LayerGroup, batch: int, key_means: Sequence[jax.Array] | None = None
+) -> GroupState:
+    """Allocates empty stores for a layer group; `key_means` as in `KVCache.create`."""
     spec, exact, body = group.spec, None, None
     if group.exact is not None:
         size = group.exact.lag.page_size
@@ -233,13 +237,30 @@ def create_group(group: LayerGroup, batch: int) -> GroupState:
             name: jnp.zeros(leading + one.shape, one.dtype)
             for name, one in group.layout.arrays.items()
         }
-        mean = None
-        if spec.kv_codec.key_mean == "page":
+        mean, kind = None, spec.kv_codec.key_mean
+        if kind == "page":
             mean = jnp.zeros((*leading, spec.kv_heads, spec.head_dim), jnp.float16)
+        elif kind == "static":
+            mean = _static_mean(group, key_means)
         pages = CodedPages(arrays=arrays, key_mean=mean, layout=group.layout)
         body = _create_store(pages, group.body, batch)
     quantizes = body is not None and body.spec.lag.least > 0
     return GroupState(exact=exact, body=body, reads=jnp.int32(1) if quantizes else None)
+
+
+def _static_mean(group: LayerGroup, key_means: Sequence[jax.Array] | None) -> jax.Array:
+    """`f16[layers, 1, kv_heads, head_dim]`, in the space of the codes."""
+    shape, codec = (group.spec.kv_heads, group.spec.head_dim), group.spec.kv_codec
+    if key_means is None:
+        raise ValueError(
+            f"codec {codec.name!r} removes a static key mean, and key_means=None: fit them with "
+            "jaxkv.fit_key_means (scripts/fit_key_means.py), or use key_mean='page' or None."
+        )
+    own = [jnp.asarray(key_means[layer]) for layer in group.layers]
+    for layer, mean in zip(group.layers, own, strict=True):
+        if mean.shape != shape:
+            raise ValueError(f"key_means[{layer}].shape={mean.shape} must be {shape}.")
+    return codec.stored_mean(jnp.stack(own))[:, None]
 
 
 def _create_store(pages: Pages, spec: StoreSpec, batch: int) -> Store:

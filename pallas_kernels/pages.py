@@ -4,6 +4,7 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 import jax
+import jax.numpy as jnp
 
 if TYPE_CHECKING:  # codecs lie above the kernels: only their interface is used here
     from jaxkv.codecs import PageLayout
@@ -32,15 +33,21 @@ class ExactPages:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CodedPages:
-    """Codes and factors, laid out as `layout` says, and each page's key mean where there is one.
+    """Codes and factors, laid out as `layout` says, and key means where the codec removes them.
 
-    The mean is in the space of the codes (rotated, if the key codec rotates): a score is
+    A mean is in the space of the codes (rotated, if the key codec rotates): a score is
     `q' . (scale * code_values + mean)` with one rotated query `q'`.
     """
 
     arrays: dict[str, jax.Array]  # of layout.arrays, each [layers, pages, ...]
-    key_mean: jax.Array | None  # f16[layers, pages, kv_heads, head_dim]
+    key_mean: jax.Array | None  # f16[layers, pages, kv_heads, head_dim]; 1 page: one for all
     layout: "PageLayout" = dataclasses.field(metadata=dict(static=True))
+
+    def means(self, layer: int | jax.Array, page: jax.Array) -> jax.Array | None:
+        """Key means of pages, `f16[*page.shape, kv_heads, head_dim]`."""
+        if self.key_mean is None:
+            return None
+        return self.key_mean[layer, page if self.key_mean.shape[1] > 1 else jnp.zeros_like(page)]
 
     @property
     def dims(self) -> dict[str, int]:

@@ -54,7 +54,7 @@ def _poison_store(store, spec, cache: KVCache):
         shape[1], shape[axis] = live.shape
         arrays[name] = _poison(x, ~live.reshape(shape))
     mean = store.pages.key_mean
-    if mean is not None:
+    if mean is not None and mean.shape[1] > 1:
         mean = _poison(mean, ~live.any(axis=1)[None, :, None, None])
     pages = dataclasses.replace(store.pages, arrays=arrays, key_mean=mean)
     return dataclasses.replace(store, pages=pages)
@@ -106,10 +106,12 @@ class Twin:
         sinks: bool = False,
         soft_cap: float | None = None,
         backend: str | None = None,
+        key_means: list[np.ndarray] | None = None,
     ):
+        self.key_means = key_means
         self.config, self.q_heads, self.backend = config, q_heads, backend
         self.rng = np.random.default_rng(seed)
-        self.cache = KVCache.create(config)
+        self.cache = KVCache.create(config, key_means=key_means)
         self.soft_cap = soft_cap
         self.sink_logits = self.random(len(config.layers), q_heads) if sinks else None
         spec = config.layers[0]
@@ -194,12 +196,14 @@ class Twin:
 
 
 @functools.partial(jax.jit, static_argnames=("codec", "page_size"))
-def as_read(codec, page_size, k, v):
+def as_read(codec, page_size, k, v, static_mean):
     """Keys and values `[tokens, kv_heads, head_dim]` of whole pages as codes give them back."""
     k, v = (x.reshape(-1, page_size, *x.shape[1:]).swapaxes(1, 2) for x in (k, v))
     mean = None
     if codec.key_mean == "page":
         mean = codec.key.unrotate(codec.key_page_mean(k))[..., None, :]
+    if codec.key_mean == "static":
+        mean = codec.key.unrotate(codec.stored_mean(static_mean))[None, :, None, :]
     back = (
         dequantize_original(codec.key, codec.key.quantize(k, mean), mean),
         dequantize_original(codec.value, codec.value.quantize(v)),
@@ -220,8 +224,11 @@ class CodedTwin(Twin):
         length = start + count
         assert len(k) == length
         room = -(-self.config.max_tokens // size) * size  # one shape to compile
+        mean = None if self.key_means is None else self.key_means[layer]
         pad = lambda x: np.pad(x, [(0, room - length), (0, 0), (0, 0)])
-        k_codes, v_codes = (np.asarray(x)[:length] for x in as_read(codec, size, pad(k), pad(v)))
+        k_codes, v_codes = (
+            np.asarray(x)[:length] for x in as_read(codec, size, pad(k), pad(v), mean)
+        )
         i = start + np.arange(count)[:, None]
         j = np.arange(length)[None]
         sees = j <= i

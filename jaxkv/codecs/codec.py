@@ -169,14 +169,15 @@ class KVCodec:
         return not (isinstance(self.key, Exact) and isinstance(self.value, Exact))
 
     def key_page_mean(self, keys: jax.Array) -> jax.Array:
-        """Mean of a page's keys in the space of the codes, as stored: `f16[..., head_dim]`.
+        """Mean of a page's keys, `stored_mean` of `[..., page_size, head_dim]` over the page."""
+        return self.stored_mean(page_mean(keys, axis=-2))
+
+    def stored_mean(self, mean: jax.Array) -> jax.Array:
+        """A mean of keys, `[..., head_dim]`, in the space of the codes: `f16[..., head_dim]`.
 
         Rotated once when it is written, so that reading needs the rotated query alone.
-
-        Args:
-          keys: `[..., page_size, head_dim]`, not rotated.
         """
-        mean = self.key.rotate(page_mean(keys, axis=-2))
+        mean = self.key.rotate(mean)
         return jnp.clip(mean, -FLOAT16_MAX, FLOAT16_MAX).astype(_MEAN_DTYPE)
 
     def page_bytes(self, head_dim: int, page_size: int) -> int:

@@ -76,6 +76,7 @@ def _dequantized(pages: Pages, layer, page) -> tuple[jax.Array, jax.Array]:
     codec = pages.layout.codec
     key, value = pages.layout.unpack({name: x[layer, page] for name, x in pages.arrays.items()})
     k = codec.key.dequantize(key)
-    if pages.key_mean is not None:
-        k = k + pages.key_mean[layer, page][..., None, :].astype(jnp.float32)
+    mean = pages.means(layer, page)
+    if mean is not None:
+        k = k + mean[..., None, :].astype(jnp.float32)
     return codec.key.unrotate(k), codec.value.unrotate(codec.value.dequantize(value))

@@ -155,8 +155,9 @@ def _read_codes(
     layout = pages.layout
     key, value = layout.gather(pages.arrays, layer, page)
     bias = None
-    if pages.key_mean is not None:
-        mean = pages.key_mean[layer, page].astype(jnp.float32)  # [batch, block, kv_heads, head_dim]
+    mean = pages.means(layer, page)  # [batch, block, kv_heads, head_dim]
+    if mean is not None:
+        mean = mean.astype(jnp.float32)
         bias = jnp.einsum("bhrd,bnhd->bhrn", rows, mean, precision="highest")
         bias = jnp.repeat(bias, layout.page_size, axis=-1)
 

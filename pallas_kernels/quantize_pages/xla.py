@@ -30,23 +30,20 @@ def quantize_pages(
         def put(pool, x):  # a slice, not a scatter, which a loop on a CPU would copy pools for
             return jax.lax.dynamic_update_slice(pool, x, (own, targets[n]) + (0,) * (pool.ndim - 2))
 
-        record, mean = quantize_page(coded, read(exact.k), read(exact.v))
-        return dataclasses.replace(
-            coded,
-            arrays={name: put(coded.arrays[name], x) for name, x in record.items()},
-            key_mean=None if mean is None else put(coded.key_mean, mean),
-        )
+        k, key_mean = read(exact.k), coded.key_mean
+        mean = coded.means(own, jnp.zeros((1, 1), jnp.int32))  # the static one, if there is one
+        if coded.layout.codec.key_mean == "page":
+            mean = coded.layout.codec.key_page_mean(k)
+            key_mean = put(coded.key_mean, mean)
+        record = quantize_page(coded.layout, k, read(exact.v), mean)
+        arrays = {name: put(coded.arrays[name], x) for name, x in record.items()}
+        return dataclasses.replace(coded, arrays=arrays, key_mean=key_mean)
 
     return jax.lax.fori_loop(0, jnp.sum(wanted, dtype=jnp.int32) * layers, quantize_one, coded)
 
 
-def quantize_page(
-    coded: CodedPages, k: jax.Array, v: jax.Array
-) -> tuple[dict[str, jax.Array], jax.Array | None]:
-    """Packed arrays and key mean of pages `[..., kv_heads, page_size, head_dim]`."""
-    layout, mean, mean_in = coded.layout, None, None
+def quantize_page(layout, k: jax.Array, v: jax.Array, mean: jax.Array | None):
+    """Packed arrays of pages `[..., kv_heads, page_size, head_dim]`, with their stored mean."""
     codec = layout.codec
-    if coded.key_mean is not None:
-        mean = codec.key_page_mean(k)
-        mean_in = codec.key.unrotate(mean)[..., None, :]
-    return layout.pack(codec.key.quantize(k, mean_in), codec.value.quantize(v)), mean
+    removed = None if mean is None else codec.key.unrotate(mean)[..., None, :]
+    return layout.pack(codec.key.quantize(k, removed), codec.value.quantize(v))

@@ -13,7 +13,10 @@ def write_pages(pages, k, v, *, layer, page, slot, writes) -> Pages:
     if isinstance(pages, CodedPages):
         layout = pages.layout
         # [batch, kv_heads, tokens, head_dim], as layouts have it.
-        key = layout.codec.key.quantize(jnp.swapaxes(k, 1, 2))
+        mean = pages.means(layer, jnp.zeros((1,), jnp.int32))
+        if mean is not None:  # [1, kv_heads, 1, head_dim]
+            mean = layout.codec.key.unrotate(mean)[:, :, None]
+        key = layout.codec.key.quantize(jnp.swapaxes(k, 1, 2), mean)
         value = layout.codec.value.quantize(jnp.swapaxes(v, 1, 2))
         packed = layout.pack(key, value)
         arrays = layout.append(pages.arrays, packed, layer, page, slot)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxkv import CacheConfig, LayerSpec
-from jaxkv.codecs import codec_names, get_codec
+from jaxkv.codecs import codec_names, get_codec, recipe
 from tests.helpers import CodedTwin
 
 PAGE, HEAD_DIM = 8, 16
@@ -126,3 +126,12 @@ def test_any_chunking_gives_the_same(window, seed):
         most = rng.choice([1, 5, 37])
         new = [int(rng.integers(0, min(most, 136 - n) + 1)) for n in lengths]
         drive(twin, [(new, [int(rng.integers(n // 2, n + 1)) for n in new])])
+
+
+@pytest.mark.parametrize("recent_pages", [0, 2])
+def test_a_static_key_mean(recent_pages):
+    codec = recipe("mine", key_bits=4, value_bits=3, key_mean="static", recent_pages=recent_pages)
+    means = [np.linspace(-2, 2, 2 * HEAD_DIM, dtype=np.float32).reshape(2, HEAD_DIM)]
+    drive(make_twin(codec, (43,), key_means=means))
+    with pytest.raises(ValueError, match="^codec 'mine' removes a static key mean, and key_means="):
+        make_twin(codec)

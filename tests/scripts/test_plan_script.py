@@ -120,7 +120,7 @@ def test_the_table_cuts_no_number_short(capsys):
         (dict(memory=0), "--memory 0 must be positive"),
         (dict(batch=0), "--batch 0 must be at least 1"),
         (dict(tokens=0), "--tokens 0 must be at least 1"),
-        (dict(tokens=plan.MOST, batch=99), "more pages than int32 can number"),
+        (dict(tokens=plan.MOST, batch=99), "in one pool: give pages, or fewer tokens"),
         (dict(page_size=0), "page_size=0 must be at least 1"),
         (dict(keep_first=4), "keep_first=4, keep_last=0 must name some of 3 layers"),
         (dict(model="/no/such/model"), "/no/such/model: no such file or folder"),
