@@ -9,6 +9,7 @@ import numpy as np
 from jaxkv.cache import KVCache
 from jaxkv.config import CacheConfig
 from jaxkv.page_tables import look_up
+from pallas_kernels.pages import ExactPages
 
 
 def fit_key_means(model, tokens: Sequence[int], *, chunk: int = 256) -> list[np.ndarray]:
@@ -51,6 +52,7 @@ def _add_chunk(model, tokens, count, cache: KVCache, sums):
     for layer, total in enumerate(sums):
         number, index = cache.config.locate(layer)
         store, size = cache.groups[number].exact, cache.config.page_size
+        assert store is not None and isinstance(store.pages, ExactPages)
         page = look_up(store.tables, position // size)
         keys = store.pages.k[index, page, :, position % size]  # [1, tokens, kv_heads, head_dim]
         keys = jnp.where(counts[..., None, None], keys.astype(jnp.float32), 0)

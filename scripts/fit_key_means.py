@@ -44,7 +44,7 @@ def main(args: Args) -> int:
         means = jaxkv.fit_key_means(models.load(checkpoint, scan=True), tokens)
     partial = args.out.with_name(args.out.name + ".part")
     with partial.open("wb") as file:
-        np.savez(file, **{f"layer_{i}": mean for i, mean in enumerate(means)})
+        np.savez(file, allow_pickle=False, **{f"layer_{i}": m for i, m in enumerate(means)})
     partial.replace(args.out)
     log.print(f"{len(means)} layers' means of {len(tokens)} tokens saved as {args.out}")
     return 0

@@ -515,6 +515,14 @@ def test_numbers_survive_the_codec():
     assert len(np.unique(numbers, axis=0)) == len(numbers)
 
 
+def test_all_sequences_run_to_their_end_on_a_full_reserve():
+    for layers in (EXACT_LAYERS, MIXED_LAYERS, OTHER_LAYERS):
+        pair = Pair(make_config(layers=layers))
+        for new in (STEP, STEP, 1, STEP, MAX_TOKENS - 3 * STEP - 1):
+            pair.append([new] * BATCH)
+        assert pair.cache.lengths.tolist() == [MAX_TOKENS] * BATCH
+
+
 def test_rejected_tokens_leave_no_trace_in_codes():
     """A chunk quantizes pages for its own queries, takes them back, and completes them anew."""
     for layers in (MIXED_LAYERS, OTHER_LAYERS):
