@@ -232,7 +232,7 @@ class KVCache:
         copies = acts & (length % size > 0)
 
         ended = jnp.zeros(self.config.batch, bool).at[target].set(True, mode="drop")
-        stores, prepared, starved = [], [], jnp.zeros_like(copies)
+        stores, prepared, blocked = [], [], jnp.zeros_like(copies)
         for store in self._stores:
             source = jax.tree.map(lambda table: table[src], store.tables)
             here = copies & store.spec.is_written(last)[:, 0]  # pages of codes may be complete only
@@ -240,9 +240,10 @@ class KVCache:
             held = entries(source)
             shared = jnp.where((held == page) | ~acts[:, None], NULL_PAGE, held)
             store = store.retain(shared).drop(ended)
-            starved |= here & (jnp.cumsum(here, dtype=jnp.int32) > store.pool.free_pages)
+            blocked |= jnp.cumsum(here, dtype=jnp.int32) > store.pool.free_pages
             stores.append(store)
             prepared.append((source, page, here))
+        starved = copies & blocked
         lives = jnp.where(starved, self.config.batch, target)
         forked = [
             store.fork(source, page, here & ~starved, starved, last, lives)

@@ -107,7 +107,9 @@ class StoreSpec:
         if self.lag.least:  # complete pages, as far back as the lag says
             return jnp.maximum(lengths // size - self.lag.least + 1, self.first)
         begun = -(-lengths // size)
-        return jnp.minimum(begun, self.sink_pages) if self.lag.most == 0 else begun
+        if self.lag.most == 0:  # sink pages alone
+            return jnp.minimum(begun, self.sink_pages)
+        return begun if self.sink_pages else jnp.maximum(begun, self.first)
 
     def is_written(self, logical: jax.Array) -> jax.Array:
         """Whether new tokens of page `logical` are written here, `bool[...]`."""

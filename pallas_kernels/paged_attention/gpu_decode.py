@@ -1,0 +1,636 @@
+"""Decode attention on NVIDIA GPUs (Pallas Triton): up to 8 query tokens, exact or coded pages.
+
+One program takes one work item (`gpu_split`) of one kv head: it loads a block of tokens, turns
+words into dot operands in registers (`gpu_dequant`), and keeps an online softmax in base 2. Scale
+and zero of a token enter as a factor on scores and probabilities and a rank-1 sum, so codes are
+never dequantized one by one. Blocks that all rows see whole carry no mask.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from pallas_kernels.paged_attention.gpu_dequant import (
+    PlanesReader,
+    Reader,
+    Where,
+    coded_reader,
+    exact_reader,
+    exp2,
+    factor_value,
+    split_columns,
+)
+from pallas_kernels.paged_attention.gpu_split import (
+    LN2,
+    NOTHING_SEEN,
+    SpanPages,
+    combine,
+    item_bound,
+    plan_items,
+    span_pages,
+)
+from pallas_kernels.pages import CodedPages, Pages
+from pallas_kernels.visibility import PageLag, visible
+
+LOG2E = 1.4426950408889634
+HEAD_DIMS = (64, 80, 96, 128, 192, 256)
+PAGE_SIZES = (16, 32, 64, 128)
+MOST_ROWS = 128  # query heads of a kv head times query tokens
+FLOAT16_MAX = 65504.0
+# float16 probabilities are up to 2^4, not 1: small ones keep their bits, and factors up to 4094
+# fit beside them (larger ones saturate, as those of a token that is not finite do).
+FLOAT16_OFFSET = 4.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecodeConfig:
+    """Tile sizes: they change speed, never results beyond rounding."""
+
+    block: int = 64  # tokens a step
+    warps: int = 4
+    stages: int = 3
+    transposed: bool = False  # tokens, not query rows, on the long side of the dots
+    mask_all: bool = True  # one masked loop, or one without a mask and one for the edges
+    # Factors before the words, not after the scores, when fewer registers are in use.
+    early_factors: bool = False
+    prefetch: bool = False  # factors of the next block while this one is attended
+    programs: int = 1056  # to aim for where there are enough tokens
+    one_wave: bool = False  # whether a second wave of programs costs more than unequal items
+    wave: int = 264  # programs that run at once
+    good_tokens: int = 4096  # of an item, where that leaves a wave of them
+    least_tokens: int = 256  # of an item
+
+
+# By the kind of the wider tensor's codes. Measured on an H100: NOTES.md.
+# Tuned at head_dim 128 (16-bit words where codes have 3 bits), page 64, group 4.
+CONFIGS = {
+    "exact": DecodeConfig(),
+    "byte": DecodeConfig(warps=1, early_factors=True, wave=1056),
+    "planes": DecodeConfig(
+        warps=1, stages=2, transposed=True, mask_all=False, wave=1056, one_wave=True
+    ),
+    "three": DecodeConfig(
+        warps=1, stages=3, transposed=True, mask_all=False, wave=1056, one_wave=True
+    ),
+}
+
+
+def choose_config(k: Reader, v: Reader, rows: int) -> DecodeConfig:
+    """Tile sizes for a pair of readers and `rows` query rows a kv head."""
+    if isinstance(k, PlanesReader) or isinstance(v, PlanesReader):
+        three = any(len(side.arrays) > 1 for side in (k, v))
+        config = CONFIGS["three" if three else "planes"]
+        return config if rows <= 16 else dataclasses.replace(config, warps=4)
+    return CONFIGS["exact" if k.arrays == ("k",) else "byte"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """What is static in a call, beside the config."""
+
+    k: Reader
+    v: Reader
+    k_factors: int
+    v_factors: int
+    has_mean: bool
+    page_size: int
+    group: int
+    q_tokens: int
+    score_scale: float  # what is not in q already, log2(e) included
+    window: int | None
+    sink_tokens: int
+    lag: PageLag | None
+    soft_cap: float | None
+    direct: bool  # one item a sequence, no parts to merge
+    asm: bool
+
+    @property
+    def rows(self) -> int:
+        return self.group * self.q_tokens
+
+    @property
+    def masks_rows(self) -> bool:
+        """Whether rows see different keys of a span."""
+        return self.q_tokens > 1 or (self.window is not None and self.sink_tokens > 0)
+
+
+def paged_attention(
+    q,
+    pages: Pages,
+    page_table,
+    *,
+    layer,
+    q_start,
+    q_lens,
+    kv_start,
+    kv_stop,
+    scale,
+    window,
+    sink_tokens,
+    lag,
+    soft_cap,
+    interpret: bool = False,
+    config: DecodeConfig | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """See `api.paged_attention`.
+
+    Raises:
+      NotImplementedError: a shape or codec that this kernel does not serve.
+    """
+    dims = pages.dims
+    batch, q_tokens, q_heads, head_dim = q.shape
+    kv_heads, page_size = dims["kv_heads"], dims["page_size"]
+    group = q_heads // kv_heads
+    k, v, arrays, scales = _readers(pages, head_dim)
+    config = config or choose_config(k, v, group * q_tokens)
+    _check(head_dim, page_size, group, q_tokens, arrays)
+    if scales[0] > 1:
+        raise NotImplementedError(
+            f"key factors={scales[0]}: keys with a zero point are not served."
+        )
+
+    span = span_pages(
+        q_start, kv_start, kv_stop, page_size=page_size, window=window, sink_tokens=sink_tokens
+    )
+    most_pages = page_table.shape[1]
+    if window is not None and not sink_tokens:
+        most_pages = min(most_pages, (window + q_tokens - 2) // page_size + 2)
+    sizes = dict(
+        wanted=max(1, config.programs // kv_heads),
+        fewest=max(1, config.wave // kv_heads),
+        # Many sequences fill the chip by themselves: there smaller items even out their lengths.
+        good_pages=max(1, config.good_tokens // page_size) if batch * kv_heads < config.wave else 1,
+        least_pages=max(1, config.least_tokens // page_size),
+    )
+    items = item_bound(batch, most_pages, **sizes)
+    case = Case(
+        k=k,
+        v=v,
+        k_factors=scales[0],
+        v_factors=scales[1],
+        has_mean=isinstance(pages, CodedPages) and pages.key_mean is not None,
+        page_size=page_size,
+        group=group,
+        q_tokens=q_tokens,
+        score_scale=1.0 if isinstance(pages, CodedPages) else scale * LOG2E,
+        window=window,
+        sink_tokens=sink_tokens,
+        lag=lag,
+        soft_cap=soft_cap,
+        direct=items <= batch,
+        asm=not interpret,
+    )
+    scalars = dict(
+        layer=jnp.asarray(layer, jnp.int32).reshape(1),
+        q_start=q_start,
+        q_lens=q_lens,
+        kv_start=kv_start,
+        kv_stop=kv_stop,
+        table=page_table,
+    )
+    if not case.direct:
+        work = plan_items(span.pages, items=items, one_wave=config.one_wave, **sizes)
+        scalars |= dict(item=work.sequence, item_start=work.start, item_stop=work.stop)
+    else:
+        items = batch
+    if isinstance(pages, CodedPages):
+        q = pages.layout.codec.key.rotate(q) * (scale * LOG2E)
+        q = jnp.clip(q, -FLOAT16_MAX, FLOAT16_MAX).astype(k.dtype)
+        if case.has_mean:
+            scalars["bias"] = _mean_scores(
+                q, pages.key_mean, scalars, case, config, items=items, interpret=interpret
+            )
+        q = _permute(q, np.concatenate(k.dims))
+    refs = scalars | dict(q=q) | arrays
+    for side, reader in (("k", k), ("v", v)):
+        if isinstance(reader, PlanesReader) and reader.shifts.any():
+            refs[f"{side}_shifts"] = jnp.asarray(reader.shifts)
+    rows = case.rows
+    if case.direct:
+        shapes = [(batch, q_tokens, q_heads, head_dim), (batch, q_tokens, q_heads)]
+    else:
+        shapes = [(items, kv_heads, rows, head_dim), (items, kv_heads, rows)]
+    out, lse = pl.pallas_call(
+        functools.partial(_kernel, names=tuple(refs), case=case, config=config),
+        out_shape=[jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes],
+        grid=(kv_heads, items),
+        compiler_params=plgpu.CompilerParams(num_warps=config.warps, num_stages=config.stages),
+        interpret=interpret,
+        name="paged_attention_decode",
+    )(*refs.values())
+    if not case.direct:
+        out, lse = combine(
+            out,
+            lse,
+            work.first_item,
+            work.item_count,
+            q_tokens=q_tokens,
+            group=group,
+            interpret=interpret,
+        )
+    out = _permute(out, np.argsort(np.concatenate(v.dims)))
+    if isinstance(pages, CodedPages):
+        out = pages.layout.codec.value.unrotate(out)
+    return out, lse
+
+
+def _readers(pages: Pages, head_dim: int):
+    """Readers of keys and values, the arrays they read, and how many factors each has."""
+    if not isinstance(pages, CodedPages):
+        arrays = dict(k=pages.k, v=pages.v)
+        readers = (exact_reader(side, head_dim, pages.k.dtype) for side in "kv")
+        return *readers, arrays, (0, 0)
+    codec, arrays = pages.layout.codec, pages.arrays
+    k = coded_reader("k", codec.key, head_dim, arrays)
+    v = coded_reader("v", codec.value, head_dim, arrays)
+    return k, v, arrays, (len(codec.key.factor_dtypes), len(codec.value.factor_dtypes))
+
+
+def _check(head_dim, page_size, group, q_tokens, arrays):
+    if head_dim not in HEAD_DIMS:
+        raise NotImplementedError(f"{head_dim=}: the GPU kernel serves {HEAD_DIMS}.")
+    if page_size not in PAGE_SIZES:
+        raise NotImplementedError(f"{page_size=}: the GPU kernel serves {PAGE_SIZES}.")
+    if group * q_tokens > MOST_ROWS:
+        raise NotImplementedError(f"{group=}, {q_tokens=}: their product exceeds {MOST_ROWS}.")
+    for name, array in arrays.items():
+        # Pallas counts elements in 32 signed bits up to 4 GiB.
+        if array.dtype.itemsize == 1 and 2**31 < array.size <= 2**32:
+            raise NotImplementedError(
+                f"{name}.size={array.size}: 2 to 4 GiB of 1-byte values are not served."
+            )
+
+
+def _permute(x: jax.Array, dims: np.ndarray) -> jax.Array:
+    """Picks `dims` of the last axis; nothing where they are in order already."""
+    return x if np.array_equal(dims, np.arange(x.shape[-1])) else x[..., dims]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Item:
+    """One program's work: ordinal pages `start <= o < stop` of sequence `b`'s span."""
+
+    b: jax.Array
+    start: jax.Array
+    stop: jax.Array
+    span: SpanPages
+
+
+def _read_item(refs, case: Case) -> _Item:
+    i = pl.program_id(1)
+    b = i if case.direct else refs["item"][i]
+    span = span_pages(
+        refs["q_start"][b],
+        refs["kv_start"][b],
+        refs["kv_stop"][b],
+        page_size=case.page_size,
+        window=case.window,
+        sink_tokens=case.sink_tokens,
+    )
+    if case.direct:
+        return _Item(b, jnp.int32(0), span.pages, span)
+    return _Item(b, refs["item_start"][i], refs["item_stop"][i], span)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Axes:
+    """Orientation of scores and outputs: tokens (or dims) by rows, or rows by them."""
+
+    transposed: bool
+
+    @property
+    def tokens(self) -> int:
+        return 0 if self.transposed else 1
+
+    def by_row(self, x):
+        return x[None, :] if self.transposed else x[:, None]
+
+    def by_token(self, x):
+        return x[:, None] if self.transposed else x[None, :]
+
+    def scores(self, k, q):
+        """Of keys `[tokens, columns]` and queries `[rows, columns]`."""
+        return _dot(k, q.T) if self.transposed else _dot(q, k.T)
+
+    def outputs(self, p, v):
+        """Of probabilities in this orientation and values `[tokens, columns]`."""
+        return _dot(v.T, p) if self.transposed else _dot(p, v)
+
+    def shape(self, rows, n):
+        return (n, rows) if self.transposed else (rows, n)
+
+
+def _dot(a, b):
+    precision = "highest" if a.dtype == jnp.float32 else None
+    return jnp.dot(a, b, precision=precision, preferred_element_type=jnp.float32)
+
+
+def _row_index(rows: int, case: Case):
+    """Query token and head of a kv head's rows; padding rows repeat the last one."""
+    row = jnp.minimum(jnp.arange(rows, dtype=jnp.int32), case.rows - 1)
+    if case.q_tokens == 1:
+        return jnp.zeros_like(row), row
+    return row // case.group, row % case.group
+
+
+def _kernel(*args, names, case: Case, config: DecodeConfig):
+    refs = dict(zip(names, args, strict=False))
+    out_ref, lse_ref = args[len(names) :]
+    h, block, page_size = pl.program_id(0), config.block, case.page_size
+    item = _read_item(refs, case)
+    b, span, layer = item.b, item.span, refs["layer"][0]
+    kv_start, kv_stop = refs["kv_start"][b], refs["kv_stop"][b]
+    q_start, q_len = refs["q_start"][b], refs["q_lens"][b]
+    axes = _Axes(config.transposed)
+    rows = max(8 if config.transposed else 16, pl.next_power_of_2(case.rows))
+    row_token, row_head = _row_index(rows, case)
+    row_head = row_head + h * case.group
+    q = [
+        refs["q"][b, row_token, row_head, pl.ds(int(start), size)].astype(case.k.dtype)
+        for start, size in _columns(case.k)
+    ]
+    k_refs, v_refs = ([refs[name] for name in side.arrays] for side in (case.k, case.v))
+    k_shifts, v_shifts = (
+        side.load_shifts(refs.get(f"{name}_shifts"))
+        for name, side in (("k", case.k), ("v", case.v))
+    )
+    offset = FLOAT16_OFFSET if case.v.dtype == "float16" else 0.0
+    width = refs["table"].shape[1]
+    # What int8 operands are too large by enters each score as a share of its row's sum of q.
+    k_bias, v_bias = None, case.v.bias if case.asm else 0.0
+    if case.asm and case.k.bias:
+        total = sum(jnp.sum(x.astype(jnp.float32), axis=1) for x in q)
+        k_bias = axes.by_row(total * (case.k.bias / case.k.gains(True)[0]))
+
+    # Tokens of the item's pages, counted from its first page; `length` of them lie in the span.
+    base = item.start * page_size
+    first = span.position(base, page_size)
+    length = jnp.minimum((item.stop - item.start) * page_size, _ordinal(kv_stop, span, case) - base)
+    blocks = pl.cdiv(jnp.maximum(length, 0), block)
+
+    def locate(i, masked):
+        """Where the block's tokens are, their positions, and which lie in the span."""
+        token = base + i * block
+        tokens = token + jnp.arange(block, dtype=jnp.int32)
+        if page_size >= block:
+            position = span.position(token, page_size)
+            logical = position // page_size
+            page = refs["table"][b, logical % width]
+            slot = pl.ds(pl.multiple_of(position % page_size, block), block)
+            positions = position + jnp.arange(block, dtype=jnp.int32)
+            inside = (positions >= kv_start) & (positions < kv_stop)
+        else:
+            positions = span.position(tokens, page_size)
+            inside = (positions >= kv_start) & (positions < kv_stop)
+            logical = positions // page_size
+            if masked:
+                inside = inside & (tokens < base + length)
+                # Past its end the table may hold anything.
+                page = plgpu.load(refs["table"].at[b, logical % width], mask=inside, other=0)
+            else:
+                page = refs["table"][b, logical % width]
+            slot = positions % page_size
+        where = Where(layer, h, page, slot, block, logical, inside if masked else None)
+        return where, positions, inside
+
+    def sees(positions, inside):
+        """Which row sees which token, in the orientation of the scores."""
+        if not case.masks_rows:
+            return axes.by_token(inside)
+        seen = visible(
+            axes.by_row(q_start + row_token),
+            axes.by_token(positions),
+            window=case.window,
+            sink_tokens=case.sink_tokens,
+            lag=case.lag,
+        )
+        return seen & axes.by_token(inside) & axes.by_row(row_token < q_len)
+
+    def load_factors(where):
+        """Factors as stored: keys' scales, values' scales, values' zeros, where there are any."""
+        k_factors = [where.load_factor(refs["k_factors"], i) for i in range(case.k_factors)]
+        return k_factors, [where.load_factor(refs["v_factors"], i) for i in range(case.v_factors)]
+
+    def attend(i, state, masked, factors=None):
+        m, l, zero_sum, accs = state
+        where, positions, inside = locate(i, masked)
+        if factors is None and config.early_factors:
+            factors = load_factors(where)
+        k_words, v_words = case.k.load(k_refs, where), case.v.load(v_refs, where)
+        # Operands of one dot share a gain with all others of the keys: folded into the factor.
+        k_gain = case.k.gains(case.asm)[0] * case.score_scale
+        s = None
+        for k_part, q_part in zip(case.k.operands(k_words, case.asm, k_shifts), q, strict=True):
+            part = axes.scores(k_part, q_part)
+            s = part if s is None else s + part
+        k_factors, v_factors = load_factors(where) if factors is None else factors
+        if k_bias is not None:
+            s = s - k_bias
+        if case.k_factors:
+            s = s * axes.by_token(factor_value(k_factors[0]) * k_gain)
+        elif k_gain != 1.0:
+            s = s * k_gain
+        if case.has_mean:
+            s = s + _load_bias(refs["bias"], b, where, axes, rows)
+        if case.soft_cap is not None:
+            cap = case.soft_cap * LOG2E
+            s = cap * jnp.tanh(s * (1.0 / cap))
+        if masked:
+            ok = sees(positions, inside)
+            s = jnp.where(ok, s, NOTHING_SEEN)
+        m_new = jnp.maximum(m, jnp.max(s, axis=axes.tokens))
+        shrink = exp2(m - m_new, case.asm)
+        p = exp2(s - axes.by_row(m_new - offset), case.asm)
+        if masked:
+            p = jnp.where(ok, p, 0.0)
+        l = l * shrink + jnp.sum(p, axis=axes.tokens)
+        if case.v_factors:
+            if v_bias:
+                zero = axes.by_token(factor_value(v_factors[0]) * -v_bias)
+                zero_sum = zero_sum * shrink + jnp.sum(p * zero, axis=axes.tokens)
+            if case.v_factors > 1:
+                zero = axes.by_token(factor_value(v_factors[1]))
+                zero_sum = zero_sum * shrink + jnp.sum(p * zero, axis=axes.tokens)
+            factor = jnp.minimum(factor_value(v_factors[0]), FLOAT16_MAX / 2.0**offset)
+            p = p * axes.by_token(factor)
+        p = p.astype(case.v.dtype)
+        accs = tuple(
+            acc * axes.by_row(shrink) + axes.outputs(p, v_part)
+            for acc, v_part in zip(accs, case.v.operands(v_words, case.asm, v_shifts), strict=True)
+        )
+        return m_new, l, zero_sum, accs
+
+    state = (
+        jnp.full((rows,), NOTHING_SEEN, jnp.float32),
+        jnp.zeros((rows,), jnp.float32),
+        jnp.zeros((rows,), jnp.float32),
+        tuple(jnp.zeros(axes.shape(rows, size), jnp.float32) for _, size in _columns(case.v)),
+    )
+    if config.mask_all or (case.window is not None and case.sink_tokens):
+        state = jax.lax.fori_loop(0, blocks, functools.partial(attend, masked=True), state)
+    else:
+        low, high = _whole_span(case, q_start, q_len, kv_start, kv_stop)
+        whole_start = jnp.clip(pl.cdiv(jnp.maximum(low - first, 0), block), 0, blocks)
+        whole_stop = jnp.clip(jnp.minimum(high - first, length) // block, whole_start, blocks)
+        if config.prefetch:
+            # Triton fetches ahead what feeds a dot; the factors do not.
+            def whole(i, carry):
+                state, factors = carry
+                ahead, _, _ = locate(jnp.minimum(i + 1, whole_stop - 1), False)
+                ahead = load_factors(ahead)
+                return attend(i, state, False, factors), ahead
+
+            start, _, _ = locate(jnp.maximum(jnp.minimum(whole_start, blocks - 1), 0), True)
+            state, _ = jax.lax.fori_loop(
+                whole_start, whole_stop, whole, (state, load_factors(start))
+            )
+        else:
+            state = jax.lax.fori_loop(
+                whole_start, whole_stop, functools.partial(attend, masked=False), state
+            )
+        edge = lambda e, state: attend(
+            jnp.where(e < whole_start, e, e - whole_start + whole_stop), state, masked=True
+        )
+        state = jax.lax.fori_loop(0, whole_start + blocks - whole_stop, edge, state)
+
+    m, l, zero_sum, accs = state
+    seen = (l > 0) & (row_token < q_len)
+    total = jnp.where(seen, l, 1.0)
+    norm = jnp.where(seen, 1.0 / total, 0.0)
+    row = jnp.arange(rows, dtype=jnp.int32)
+    real = row < case.rows
+    # Padding rows are sent out of bounds as well: the interpreter would store their old values.
+    lse = m - offset + jnp.log2(total)
+    if case.direct:
+        at = (b, row // case.group, row % case.group + h * case.group)
+        lse = jnp.where(seen, lse * LN2, -jnp.inf)
+    else:
+        at = (pl.program_id(1), h, row)
+        lse = jnp.where(seen, lse, NOTHING_SEEN)
+    plgpu.store(lse_ref.at[at], lse, mask=real)
+    for acc, gain, (start, size) in zip(
+        accs, case.v.gains(case.asm), _columns(case.v), strict=True
+    ):
+        acc = acc * gain
+        if case.v_factors > 1 or v_bias:
+            acc = acc + axes.by_row(zero_sum)
+        y = jnp.where(axes.by_row(seen), acc * axes.by_row(norm), 0.0)
+        y = y.T if config.transposed else y
+        column = int(start) + jnp.arange(size, dtype=jnp.int32)
+        rows_at = (x if jnp.ndim(x) == 0 else jnp.broadcast_to(x[:, None], y.shape) for x in at)
+        plgpu.store(
+            out_ref.at[(*rows_at, jnp.broadcast_to(column[None], y.shape))],
+            y,
+            mask=jnp.broadcast_to(real[:, None], y.shape),
+        )
+
+
+def _columns(reader: Reader) -> list[tuple[int, int]]:
+    """`(start, size)` of each operand in the reader's order of dims."""
+    sizes = [len(dims) for dims in reader.dims]
+    return list(zip(np.cumsum([0, *sizes[:-1]]), sizes, strict=True))
+
+
+def _ordinal(kv_stop, span: SpanPages, case: Case):
+    """How many tokens of the ordinals' pages lie before `kv_stop`."""
+    stop = kv_stop - span.first * case.page_size
+    return stop if span.gap is None else stop - span.gap * case.page_size
+
+
+def _whole_span(case: Case, q_start, q_len, kv_start, kv_stop):
+    """Positions that every row that counts sees: `low <= j < high`."""
+    low, high = kv_start, kv_stop
+    if case.q_tokens == 1:
+        return low, high
+    q_stop = q_start + q_len
+    high = jnp.minimum(high, q_start + 1)
+    if case.window is not None:
+        low = jnp.maximum(low, q_stop - case.window)
+    if case.lag is not None:
+        size = case.lag.page_size
+        if case.lag.most is not None:
+            low = jnp.maximum(low, ((q_stop - 1) // size - case.lag.most + 1) * size)
+        high = jnp.minimum(high, (q_start // size - case.lag.least + 1) * size)
+    return low, high
+
+
+def _load_bias(bias_ref, b, where: Where, axes: _Axes, rows: int):
+    """Scores of the pages' means, ready to be added: `bias[b, h, slot of the table, row]`."""
+    width = bias_ref.shape[2]
+    if jnp.ndim(where.page) == 0:
+        slot = where.logical % width
+        return axes.by_row(bias_ref[b, where.head, slot, pl.ds(0, rows)])
+    shape = axes.shape(rows, where.tokens)
+    slot = jnp.broadcast_to(axes.by_token(where.logical % width), shape)
+    row = jnp.broadcast_to(axes.by_row(jnp.arange(rows, dtype=jnp.int32)), shape)
+    at = bias_ref.at[b, where.head, slot, row]
+    if where.inside is None:
+        return plgpu.load(at)
+    inside = jnp.broadcast_to(axes.by_token(where.inside), shape)
+    return plgpu.load(at, mask=inside, other=0.0)
+
+
+def _mean_scores(q, mean, scalars, case: Case, config: DecodeConfig, *, items, interpret):
+    """`q . mean` of every page that is read: `f32[batch, kv_heads, width, rows]`, others unset."""
+    rows = max(8 if config.transposed else 16, pl.next_power_of_2(case.rows))
+    names = ("layer", "q_start", "kv_start", "kv_stop", "table", "item", "item_start", "item_stop")
+    refs = {name: scalars[name] for name in names if name in scalars} | dict(q=q, mean=mean)
+    batch, width = scalars["table"].shape
+    kv_heads = mean.shape[2]
+    [bias] = pl.pallas_call(
+        functools.partial(_mean_kernel, names=tuple(refs), case=case, rows=rows),
+        out_shape=[jax.ShapeDtypeStruct((batch, kv_heads, width, rows), jnp.float32)],
+        grid=(kv_heads, items),
+        compiler_params=plgpu.CompilerParams(num_warps=1, num_stages=2),
+        interpret=interpret,
+        name="paged_attention_mean",
+    )(*refs.values())
+    return bias
+
+
+MEAN_BLOCK = 16  # pages a step
+
+
+def _mean_kernel(*args, names, case: Case, rows: int):
+    refs = dict(zip(names, args, strict=False))
+    bias_ref = args[len(names)]
+    h, layer = pl.program_id(0), refs["layer"][0]
+    item = _read_item(refs, case)
+    width = refs["table"].shape[1]
+    row_token, row_head = _row_index(rows, case)
+    row_head = row_head + h * case.group
+    columns = split_columns(refs["mean"].shape[3])
+    q = [refs["q"][item.b, row_token, row_head, pl.ds(*part)] for part in columns]
+
+    def body(i, carry):
+        ordinal = item.start + i * MEAN_BLOCK + jnp.arange(MEAN_BLOCK, dtype=jnp.int32)
+        inside = ordinal < item.stop
+        position = item.span.position(ordinal * case.page_size, case.page_size)
+        slot = position // case.page_size % width
+        page = plgpu.load(refs["table"].at[item.b, slot], mask=inside, other=0)
+        s = jnp.zeros((MEAN_BLOCK, rows), jnp.float32)
+        for q_part, (start, size) in zip(q, columns, strict=True):
+            shape = (MEAN_BLOCK, size)
+            column = start + jnp.arange(size, dtype=jnp.int32)
+            pages, column = (jnp.broadcast_to(x, shape) for x in (page[:, None], column[None]))
+            mean = plgpu.load(
+                refs["mean"].at[layer, pages, h, column],
+                mask=jnp.broadcast_to(inside[:, None], shape),
+                other=jnp.zeros((), refs["mean"].dtype),
+            )
+            s = s + _dot(mean.astype(q_part.dtype), q_part.T)
+        row = jnp.broadcast_to(jnp.arange(rows, dtype=jnp.int32)[None], s.shape)
+        slot = jnp.where(inside, slot, width)  # out of bounds, for the interpreter as above
+        plgpu.store(
+            bias_ref.at[item.b, h, jnp.broadcast_to(slot[:, None], s.shape), row],
+            s,
+            mask=jnp.broadcast_to(inside[:, None], s.shape),
+        )
+        return carry
+
+    jax.lax.fori_loop(0, pl.cdiv(item.stop - item.start, MEAN_BLOCK), body, 0)

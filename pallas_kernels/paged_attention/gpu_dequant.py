@@ -1,0 +1,575 @@
+"""How a GPU kernel reads keys or values: which words it loads, and what dot operands they become.
+
+A reader turns a block of tokens into operands `[tokens, columns]`, each a power of two of
+consecutive places in the reader's own order of dims (`dims`). Codes are unpacked in registers,
+two at a time in the halves of a 32-bit register, by inline PTX; on the CPU a jnp twin computes
+the same levels. A codebook is an odd polynomial of the centred code; a 4-bit table is looked up by
+PRMT, which beats the polynomial of degree 9 that it needs; uniform values are the codes' own bits,
+read as float16 subnormals.
+"""
+
+import dataclasses
+import functools
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+if TYPE_CHECKING:  # codecs lie above the kernels: only their interface is used here
+    from jaxkv.codecs.codec import TensorCodec
+
+LEAST_COLUMNS = 16  # a dot of 16-bit types contracts at least so many
+MANTISSA = 10  # bits of a float16's
+# Odd polynomial of t = (code - 7.5) / 8 through the 16 Lloyd-Max levels; largest error 2.2e-4.
+LLOYD_MAX_4BIT = (2.0558169, 0.4017481, 0.7171981, -0.9974933, 1.0537972)
+
+
+@dataclasses.dataclass(frozen=True)
+class Levels:
+    """What a code stands for, before the reader's `gain`.
+
+    `coefficients` are those of t, t^3, ..., `t = (code - centre) * step`; empty means the code
+    itself, times the power of two of a subnormal's place.
+    """
+
+    bits: int
+    coefficients: tuple[float, ...] = ()
+    step: float = 1.0
+    gain: float = 1.0
+    magnitudes: tuple[float, ...] = ()  # of the 8 positive levels, for a lookup instead
+
+    @property
+    def centre(self) -> float:
+        return (2**self.bits - 1) / 2
+
+
+def make_levels(codec: "TensorCodec", lookup: bool = True) -> Levels:
+    """Levels of a codec with packed codes; `lookup` allows a table instead of a polynomial.
+
+    Raises:
+      NotImplementedError: a codebook that no short polynomial passes through.
+    """
+    codebook = getattr(codec, "levels", None)
+    if codebook is None:
+        return Levels(codec.bits)
+    half = 2 ** (codec.bits - 1)
+    step = {2: 0.25, 3: 0.125, 4: 1 / 32}[codec.bits]
+    if len(codebook.polynomial) == 2:
+        # b step^-3 (t^3 + c t): the factor goes into the gain, which saves a multiplication.
+        a, b = codebook.polynomial
+        gain = b / step**3
+        return Levels(codec.bits, (a / step / gain, 1.0), step, gain)
+    step = 1 / half
+    if codebook.polynomial:
+        scaled = [c / step ** (2 * i + 1) for i, c in enumerate(codebook.polynomial)]
+        return Levels(codec.bits, tuple(scaled), step)
+    if codec.bits == 4:
+        table = tuple(codebook.levels[half:]) if lookup else ()
+        return Levels(4, LLOYD_MAX_4BIT, step, magnitudes=table)
+    if codec.bits > 4:
+        raise NotImplementedError(f"codebook={codebook.name!r}, bits={codec.bits}: no polynomial.")
+    t = (np.arange(half) + 0.5) * step
+    powers = t[:, None] ** (2 * np.arange(half)[None] + 1)
+    solved = np.linalg.solve(powers, np.asarray(codebook.levels[half:]))
+    return Levels(codec.bits, tuple(map(float, solved)), step)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """Columns that are loaded together: `words` words, repeated with later fields to fill a dot.
+
+    Column `c` holds word `start + c % words`; operand `j` is its field `j * step + c // words`.
+    """
+
+    start: int
+    words: int
+    columns: int
+
+    @property
+    def step(self) -> int:
+        return self.columns // self.words
+
+
+def split_columns(total: int) -> tuple[tuple[int, int], ...]:
+    """`(start, size)` of the powers of two, falling, that make up `total`."""
+    parts, start = [], 0
+    for bit in reversed(range(total.bit_length())):
+        if total >> bit & 1:
+            parts.append((start, 1 << bit))
+            start += 1 << bit
+    return tuple(parts)
+
+
+@dataclasses.dataclass(frozen=True)
+class Where:
+    """Where a block's tokens stand: one page and a slice, or a page and a slot a token."""
+
+    layer: Any
+    head: Any
+    page: Any  # i32[] or i32[tokens]
+    slot: Any  # pl.ds or i32[tokens]
+    tokens: int
+    logical: Any  # the page's number in its sequence, like page
+    inside: Any = None  # bool[tokens] of those that may be read; None for all
+
+    def load(self, ref, columns) -> jax.Array:
+        """`[tokens, columns]`; zero where not inside. `columns` is `pl.ds` or `i32[columns]`."""
+        if isinstance(columns, pl.Slice) and jnp.ndim(self.page) == 0:
+            at = ref.at[self.layer, self.page, self.head, self.slot, columns]
+            return self._load(at, ref.dtype, (self.tokens, columns.size))
+        # Slices and vectors of indices do not mix in the interpreter.
+        page, slot = self.page, self.slot
+        if jnp.ndim(page) == 0:
+            slot = slot.start + jnp.arange(self.tokens, dtype=jnp.int32)
+        else:
+            page = page[:, None]
+        if isinstance(columns, pl.Slice):
+            columns = columns.start + jnp.arange(columns.size, dtype=jnp.int32)
+        shape = (self.tokens, columns.shape[0])
+        index = (jnp.broadcast_to(x, shape) for x in (page, slot[:, None], columns[None]))
+        page, slot, columns = index
+        return self._load(ref.at[self.layer, page, self.head, slot, columns], ref.dtype, shape)
+
+    def load_factor(self, ref, factor: int) -> jax.Array:
+        """`[tokens]`, as stored; zero where not inside."""
+        at = ref.at[self.layer, self.page, jnp.full((), factor, jnp.int32), self.head, self.slot]
+        return self._load(at, ref.dtype, (self.tokens,))
+
+    def _load(self, at, dtype, shape):
+        if self.inside is None:
+            return plgpu.load(at)
+        inside = self.inside if len(shape) == 1 else self.inside[:, None]
+        # No arithmetic could hide a NaN of the values afterwards: 0 * NaN is NaN.
+        return plgpu.load(at, mask=jnp.broadcast_to(inside, shape), other=jnp.zeros((), dtype))
+
+
+def factor_value(stored: jax.Array) -> jax.Array:
+    """Float32 value of a stored factor, float16 or uint8 (`ue5m3`, a float16 cut short)."""
+    if stored.dtype == jnp.uint8:
+        bits = stored.astype(jnp.uint16) << np.uint16(7)
+        stored = jax.lax.bitcast_convert_type(bits, jnp.float16)
+    return stored.astype(jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class WholeReader:
+    """Reads values of 8, 16 or 32 bits as they are and converts them to `dtype`."""
+
+    head_dim: int
+    dtype: str
+    stored: str
+    arrays: tuple[str, ...]
+
+    @property
+    def dims(self) -> tuple[np.ndarray, ...]:
+        """Dims in each operand's columns."""
+        return tuple(np.arange(a, a + n) for a, n in split_columns(self.head_dim))
+
+    def gains(self, asm: bool) -> tuple[float, ...]:
+        """What each operand's values are still to be multiplied by."""
+        return (2.0**24 if asm and self.bias else 1.0,) * len(self.dims)
+
+    @property
+    def bias(self) -> float:
+        """What the PTX's operands, times their gain, are too large by."""
+        return float(INT8_BIAS) if self.stored == "int8" else 0.0
+
+    def load(self, refs, where: Where) -> list[jax.Array]:
+        return [where.load(refs[0], pl.ds(a, n)) for a, n in split_columns(self.head_dim)]
+
+    def load_shifts(self, ref) -> None:
+        """Nothing: whole values need none."""
+
+    def operands(self, loaded, asm: bool, shifts=None) -> list[jax.Array]:
+        if asm and loaded[0].dtype == jnp.int8:
+            return [_asm(_INT8_ASM, (x,), "=r,=r,r", 4) for x in loaded]
+        return [x.astype(self.dtype) for x in loaded]
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanesReader:
+    """Reads 2-, 3- or 4-bit codes in planes (`jaxkv.codecs.packing`) of 16- or 32-bit words."""
+
+    head_dim: int
+    word_bits: int
+    levels: Levels
+    arrays: tuple[str, ...]
+
+    dtype = "float16"
+    bias = 0.0
+
+    @property
+    def width(self) -> int:
+        """Bits of a field of the first array."""
+        return 4 if self.levels.bits == 4 else 2
+
+    @property
+    def words(self) -> int:
+        return self.head_dim * self.width // self.word_bits
+
+    @property
+    def tiles(self) -> tuple[Tile, ...]:
+        return tuple(Tile(a, n, max(n, LEAST_COLUMNS)) for a, n in split_columns(self.words))
+
+    @property
+    def fields(self) -> tuple[tuple[int, int], ...]:
+        """`(tile, bit)` of each operand: where in its tile's words it begins."""
+        per_word = self.word_bits // self.width
+        return tuple(
+            (i, field * self.width)
+            for i, tile in enumerate(self.tiles)
+            for field in range(0, per_word, tile.step)
+        )
+
+    @property
+    def dims(self) -> tuple[np.ndarray, ...]:
+        """Dims in each operand's columns."""
+        return tuple(
+            (bit // self.width + c // tile.words) * self.words + tile.start + c % tile.words
+            for i, bit in self.fields
+            for tile in (self.tiles[i],)
+            for c in (np.arange(tile.columns),)
+        )
+
+    def gains(self, asm: bool) -> tuple[float, ...]:
+        """What each operand's values are still to be multiplied by."""
+        if self.levels.coefficients or not asm:
+            return (self.levels.gain,) * len(self.fields)
+        return tuple(
+            2.0 ** (24 - _place(_nibble(bit % 16, self.levels), self.levels)[1])
+            for _, bit in self.fields
+        )
+
+    def load(self, refs, where: Where) -> list[tuple[jax.Array, ...]]:
+        """Words of each tile; a third bit's words repeat to stand beside the others'."""
+        loaded = []
+        for tile in self.tiles:
+            word = tile.start + _rem(jnp.arange(tile.columns, dtype=jnp.int32), tile.words)
+            whole = pl.ds(tile.start, tile.columns)
+            words = [where.load(refs[0], whole if tile.step == 1 else word)]
+            if len(refs) > 1:
+                # That of dim d lies in word d % n at bit d // n, n half the words of the others.
+                words.append(where.load(refs[1], _rem(word, self.words // 2)))
+            loaded.append(tuple(words))
+        return loaded
+
+    @functools.cached_property
+    def shifts(self) -> np.ndarray:
+        """How far right each column's words are to be shifted: `i32[tiles, parts, columns]`.
+
+        A kernel loads it: computed from an iota, it would keep Triton from unpacking in the
+        registers of the dot (only loads may be the leaves of what is moved there).
+        """
+        most = max(tile.columns for tile in self.tiles)
+        rows = np.zeros((len(self.tiles), len(self.arrays), most), np.int32)
+        for i, tile in enumerate(self.tiles):
+            field, word = np.divmod(np.arange(tile.columns), tile.words)
+            rows[i, 0, : tile.columns] = field * self.width
+            if len(self.arrays) > 1:
+                high = 2 * field + (tile.start + word) // (self.words // 2)
+                rows[i, 1, : tile.columns] = high
+        return rows
+
+    def operands(self, loaded, asm: bool, shifts=None) -> list[jax.Array]:
+        """Float16 values of each operand; `shifts` as `load_shifts` gives them."""
+        if asm and self.levels.magnitudes:
+            return self._look_up(loaded)
+        align = self._align_asm if asm else self._align
+        tiles = [align(words, i, shifts[i]) for i, words in enumerate(loaded)]
+        if not asm:
+            return [self._unpack(tiles[i], bit) for i, bit in self.fields]
+        fields = [
+            (tiles[i], bit // 2 % 2 if len(tiles[i]) > 1 else 0, bit) for i, bit in self.fields
+        ]
+        return [
+            _asm(
+                _planes_asm(self.levels, self.word_bits, _nibble(bit, self.levels)),
+                (words[odd],),
+                "=r,r,r" if self.word_bits == 32 else "=r,r",
+                2,
+            )
+            for words, odd, bit in fields
+        ]
+
+    def _look_up(self, loaded):
+        """Looks magnitudes up: a nibble of `index` is the place among the positive levels."""
+        per_pair = 2 if self.word_bits == 32 else 1
+        pack, signed = 32 // self.word_bits, jnp.dtype(f"int{self.word_bits}")
+        index = [_asm(_INDEX_ASM, words, "=r,r", pack, signed) for words in loaded]
+        constraints = ",".join(["=r", *["r"] * (2 * per_pair)])
+        return [
+            _asm(
+                _lookup_asm(self.levels.magnitudes, self.word_bits, bit // 4),
+                (index[i], *loaded[i]),
+                constraints,
+                2,
+            )
+            for i, bit in self.fields
+        ]
+
+    def load_shifts(self, ref) -> list[list[jax.Array | None]]:
+        """Of each tile's parts: `i32[columns]`, None where nothing is shifted."""
+        return [
+            [
+                ref[i, part, pl.ds(0, tile.columns)] if self.shifts[i, part].any() else None
+                for part in range(len(self.arrays))
+            ]
+            for i, tile in enumerate(self.tiles)
+        ]
+
+    def _align(self, words, i, shifts):
+        """Words of a tile, shifted."""
+        return tuple(
+            word if shift is None else word >> shift[None].astype(word.dtype)
+            for word, shift in zip(words, shifts, strict=True)
+        )
+
+    def _align_asm(self, words, i, shifts):
+        """The same by PTX; 3-bit codes are put into nibbles, even and odd fields apart."""
+        pairs = self.shifts[i].reshape(len(words), -1, 2)
+        if self.word_bits == 16 and np.any(pairs[:, :, 0] != pairs[:, :, 1]):
+            words, shifts = self._align(words, i, shifts), [None] * len(words)
+        shifted = tuple(part for part, shift in enumerate(shifts) if shift is not None)
+        if len(words) == 1 and not shifted:
+            return words
+        args = (*words, *(jnp.broadcast_to(shifts[p][None], words[0].shape) for p in shifted))
+        # Shifts are 32 bits wide: one register each where two 16-bit words share one.
+        registers = len(words) + len(shifted) * (1 if self.word_bits == 32 else 2)
+        constraints = ",".join(["=r", *["r"] * registers])
+        pack = 32 // self.word_bits
+        signed = jnp.dtype(f"int{self.word_bits}")  # Triton refuses unsigned results
+        return tuple(
+            _asm(_align_text(len(words), shifted, pack, odd), args, constraints, pack, signed)
+            for odd in range(len(words))
+        )
+
+    def _unpack(self, words, bit):
+        """The PTX's levels in plain JAX, each step rounded to float16."""
+        mask = np.asarray(2**self.width - 1, words[0].dtype)
+        code = (words[0] >> np.asarray(bit, words[0].dtype) & mask).astype(jnp.int32)
+        if len(words) == 2:
+            one = np.asarray(1, words[1].dtype)
+            code = code + 4 * (words[1] >> np.asarray(bit, words[1].dtype) & one).astype(jnp.int32)
+        code = code.astype(jnp.float32)
+        if not self.levels.coefficients:
+            return code.astype(jnp.float16)
+        if self.levels.magnitudes:
+            index = jnp.abs(code - 7.5) - 0.5
+            value = jnp.zeros_like(code)
+            for i, level in enumerate(self.levels.magnitudes):
+                value = jnp.where(index == i, level, value)
+            return jnp.where(code < 8, -value, value).astype(jnp.float16)
+        half = lambda x: x.astype(jnp.float16).astype(jnp.float32)
+        t = half((code - self.levels.centre) * self.levels.step)
+        *rest, value = (float(np.float16(c)) for c in self.levels.coefficients)
+        value, square = jnp.full_like(t, value), t * t
+        for i, coefficient in enumerate(reversed(rest)):
+            first = i == 0 and self.levels.coefficients[-1] == 1.0
+            value = half((square if first else value * half(square)) + coefficient)
+        return (value * t).astype(jnp.float16)
+
+
+Reader = WholeReader | PlanesReader
+
+
+def exact_reader(side: str, head_dim: int, dtype: jnp.dtype) -> WholeReader:
+    """Reader of `ExactPages`."""
+    return WholeReader(head_dim, str(jnp.dtype(dtype)), str(jnp.dtype(dtype)), (side,))
+
+
+def coded_reader(side: str, codec: "TensorCodec", head_dim: int, arrays: dict) -> Reader:
+    """Reader of one side of `CodedPages`, of a `TokenMajor` layout.
+
+    Raises:
+      NotImplementedError: words of 8 bits, or arrays that are not token-major.
+    """
+    codes = arrays.get(f"{side}_codes")
+    if codes is None:
+        raise NotImplementedError(
+            f"arrays={sorted(arrays)}: the GPU kernel reads TokenMajor pages."
+        )
+    if codec.bits not in (2, 3, 4):
+        exact = codes.dtype in (jnp.bfloat16, jnp.float16, jnp.float32)
+        dtype = str(codes.dtype) if exact else "float16"
+        if codes.dtype == jnp.uint8:
+            raise NotImplementedError(f"{side} bits=8 min-max codes: not served by the GPU kernel.")
+        return WholeReader(head_dim, dtype, str(codes.dtype), (f"{side}_codes",))
+    word_bits = 8 * codes.dtype.itemsize
+    if word_bits == 8:
+        raise NotImplementedError(f"{word_bits=}: the GPU kernel reads words of 16 or 32 bits.")
+    names = (f"{side}_codes", f"{side}_high")[: 2 if codec.bits == 3 else 1]
+    # A lookup takes words that are 16 or more columns by themselves.
+    lookup = head_dim * 4 // word_bits % LEAST_COLUMNS == 0
+    return PlanesReader(head_dim, word_bits, make_levels(codec, lookup), names)
+
+
+def exp2(x: jax.Array, asm: bool) -> jax.Array:
+    """`2^x`, float32; by PTX without the two steps that widen its range."""
+    if not asm:
+        return jnp.exp2(x)
+    [y] = plgpu.elementwise_inline_asm(
+        "ex2.approx.ftz.f32 $0, $1;",
+        args=[x],
+        constraints="=f,f",
+        pack=1,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(x.shape, jnp.float32)],
+    )
+    return y
+
+
+# Bytes as the low bits of float16 subnormals: (code + 128) * 2^-24.
+INT8_BIAS = 128
+_INT8_ASM = """{
+.reg .b32 t, z;
+xor.b32 t, $2, 0x80808080;
+mov.b32 z, 0;
+prmt.b32 $0, t, z, 0x4140;
+prmt.b32 $1, t, z, 0x4342;
+}"""
+
+
+def _rem(x, n):
+    """`x % n` of what is not negative: looking after signs hides from Triton what is contiguous."""
+    return jax.lax.rem(x, jnp.full_like(x, n))
+
+
+def _asm(text, args, constraints, pack, dtype=jnp.float16):
+    [y] = plgpu.elementwise_inline_asm(
+        text,
+        args=list(args),
+        constraints=constraints,
+        pack=pack,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(args[0].shape, dtype)],
+    )
+    return y
+
+
+def _place(bit: int, levels: Levels) -> tuple[int, int]:
+    """Right shift (negative: left) of a field at `bit` of 16, and where it stands then.
+
+    A field must fit into the mantissa; centred codes need a place for one half below it.
+    """
+    least = 1 if levels.coefficients else 0
+    for shift in (0, 8, 4, -4):
+        if least <= bit - shift <= MANTISSA - levels.bits:
+            return shift, bit - shift
+    raise AssertionError(f"{bit=}")
+
+
+def _nibble(bit: int, levels: Levels) -> int:
+    """Where a code stands once its bits are together: 3-bit ones are put into nibbles."""
+    return bit // 4 * 4 if levels.bits == 3 else bit
+
+
+@functools.cache
+def _align_text(parts: int, shifted: tuple[int, ...], pack: int, odd: int) -> str:
+    """PTX of one register of words; arguments: the parts, then shifts of the parts `shifted`.
+
+    What comes over from the neighbouring word of a register is masked later.
+    """
+    lines = [".reg .b32 t, h;"]
+    for part, name in zip(range(parts), "th", strict=False):
+        lines.append(f"mov.b32 {name}, ${1 + part};")
+        if part in shifted:
+            lines.append(f"shr.u32 {name}, {name}, ${1 + parts + pack * shifted.index(part)};")
+    if parts == 2:
+        lines += _shift("t", 2) if odd else _shift("h", -2)
+        lines.append("lop3.b32 t, t, h, 0x33333333, 0xe4;")  # (a & c) | (b & ~c)
+    return "{\n" + "\n".join([*lines, "mov.b32 $0, t;"]) + "\n}"
+
+
+@functools.cache
+def _planes_asm(levels: Levels, word_bits: int, bit: int) -> str:
+    """PTX of one pair of values, fields at `bit` of a pair of words."""
+    shift, place = _place(bit % 16, levels)
+    lines = [".reg .b32 t, s, v, a, b;"]
+    if word_bits == 32:  # the halves of two words, side by side
+        lines.append(f"prmt.b32 t, $1, $2, {'0x5410' if bit < 16 else '0x7632'};")
+    else:
+        lines.append("mov.b32 t, $1;")
+    lines += _shift("t", shift)
+    # lop3 table 0xea: (a & b) | c. The constant gives the exponent: 2^(10 - place) + code.
+    exponent = (15 + MANTISSA - place) << MANTISSA if levels.coefficients else 0
+    mask = (2**levels.bits - 1) << place
+    lines.append(f"lop3.b32 t, t, {_twice(mask)}, {_twice(exponent)}, 0xea;")
+    if not levels.coefficients:
+        return "{\n" + "\n".join([*lines, "mov.b32 $0, t;"]) + "\n}"
+    offset = -(2.0 ** (MANTISSA - place) + levels.centre) * levels.step
+    lines += [
+        f"mov.b32 a, {_half(levels.step)};",
+        f"mov.b32 b, {_half(offset)};",
+        "fma.rn.f16x2 t, t, a, b;",
+    ]
+    *rest, lead = levels.coefficients
+    if lead == 1.0:
+        lines += [f"mov.b32 a, {_half(rest[-1])};", "fma.rn.f16x2 v, t, t, a;"]
+        rest = rest[:-1]
+    else:
+        lines.append(f"mov.b32 v, {_half(lead)};")
+    if rest:
+        lines.append("mul.rn.f16x2 s, t, t;")
+    for coefficient in reversed(rest):
+        lines += [f"mov.b32 a, {_half(coefficient)};", "fma.rn.f16x2 v, v, s, a;"]
+    lines.append("mul.rn.f16x2 $0, v, t;")
+    return "{\n" + "\n".join(lines) + "\n}"
+
+
+# Nibbles of codes to places among 8 magnitudes: code - 8, or 7 - code below 8.
+_INDEX_ASM = """{
+.reg .b32 u, v;
+and.b32 u, $1, 0x88888888;
+shr.u32 v, u, 3;
+sub.s32 u, u, v;
+lop3.b32 $0, $1, u, 0x77777777, 0x82;
+}"""  # ~(a ^ b) & c
+
+
+@functools.cache
+def _lookup_asm(magnitudes: tuple[float, ...], word_bits: int, plane: int) -> str:
+    """PTX of one pair of a 4-bit table; arguments: a pair of words of indices, one of codes.
+
+    PRMT picks four bytes of eight by nibbles: low and high bytes of two planes of both words.
+    """
+    half = np.asarray(magnitudes, np.float16).view(np.uint16)
+    word = lambda part: "0x" + "".join(f"{int(b):02x}" for b in reversed(part))
+    low, high = half & 255, half >> 8
+    byte, shift = plane // 2, 12 - 4 * (plane % 4)
+    if word_bits == 32:
+        pick = f"prmt.b32 i, $1, $2, 0x00{4 + byte}{byte};"
+        codes = f"prmt.b32 s, $3, $4, {'0x5410' if plane < 4 else '0x7632'};"
+    else:
+        pick = f"prmt.b32 i, $1, $1, 0x00{2 + byte}{byte};"
+        codes = "mov.b32 s, $2;"
+    lines = [
+        ".reg .b32 i, l, h, s, a, b;",
+        pick,
+        f"mov.b32 a, {word(low[:4])};",
+        f"mov.b32 b, {word(low[4:])};",
+        "prmt.b32 l, a, b, i;",
+        f"mov.b32 a, {word(high[:4])};",
+        f"mov.b32 b, {word(high[4:])};",
+        "prmt.b32 h, a, b, i;",
+        f"prmt.b32 l, l, h, {'0x6240' if plane % 2 == 0 else '0x7351'};",
+        codes,
+        *([f"shl.b32 s, s, {shift};"] if shift else []),
+        "lop3.b32 $0, l, s, 0x80008000, 0xd2;",  # a ^ (~b & c): codes from 8 are positive
+    ]
+    return "{\n" + "\n".join(lines) + "\n}"
+
+
+def _shift(name: str, right: int) -> list[str]:
+    if not right:
+        return []
+    return [f"{'shr.u32' if right > 0 else 'shl.b32'} {name}, {name}, {abs(right)};"]
+
+
+def _twice(bits: int) -> str:
+    return f"0x{bits:04x}{bits:04x}"
+
+
+def _half(x: float) -> str:
+    value = np.float16(x)
+    return _twice(int(value.view(np.uint16)))

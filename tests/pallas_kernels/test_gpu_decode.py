@@ -1,0 +1,464 @@
+"""The GPU decode kernel equals the dense formula on the values that the pages stand for.
+
+On a CPU the kernel is interpreted; with a GPU the same cases run compiled (pytest -m gpu).
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxkv.codecs import get_codec
+from jaxkv.codecs.affine import MinMax
+from jaxkv.codecs.codebooks import get_codebook
+from jaxkv.codecs.codec import KVCodec, page_mean
+from jaxkv.codecs.packing import pack_planes
+from jaxkv.codecs.token_major import TokenMajor
+from jaxkv.codecs.turboquant import TurboQuant
+from pallas_kernels.dense_attention import dense_attention
+from pallas_kernels.paged_attention import gpu_decode, gpu_dequant, gpu_split
+from pallas_kernels.pages import CodedPages, ExactPages
+from pallas_kernels.visibility import PageLag, seen_span
+
+LAYERS, LAYER = 2, 1
+# Relative L2 error: rounding of probabilities, of queries of coded pages and of levels.
+TOLERANCE = {"float32": 1e-6, "float16": 1e-3, "bfloat16": 3e-3, "coded": 3e-3}
+SMALL = gpu_decode.DecodeConfig(block=32, programs=10, good_tokens=32, least_tokens=32)
+EDGES = dataclasses.replace(SMALL, mask_all=False)
+TRANSPOSED = dataclasses.replace(EDGES, transposed=True)
+PREFETCH = dataclasses.replace(TRANSPOSED, prefetch=True)
+
+
+@pytest.fixture(params=["interpret", pytest.param("compiled", marks=pytest.mark.gpu)])
+def interpret(request):
+    return request.param == "interpret"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    q: jax.Array
+    pages: ExactPages | CodedPages
+    table: jax.Array
+    where: dict[str, jax.Array]
+    k: jax.Array  # [batch, tokens, kv_heads, head_dim], what the pages stand for
+    v: jax.Array
+    page_size: int
+
+    def attend(
+        self, *, interpret, config=None, window=None, sink_tokens=0, lag=None, soft_cap=None
+    ):
+        where = dict(self.where)
+        where["kv_start"], where["kv_stop"] = seen_span(
+            *(where[n] for n in ("q_start", "q_lens", "kv_start", "kv_stop")),
+            window=window,
+            sink_tokens=sink_tokens,
+            lag=lag,
+        )
+        run = functools.partial(
+            gpu_decode.paged_attention,
+            scale=0.2,
+            window=window,
+            sink_tokens=sink_tokens,
+            lag=lag if self.q.shape[1] > 1 else None,
+            soft_cap=soft_cap,
+            interpret=interpret,
+            config=config,
+        )
+        layer = jnp.int32(LAYER)
+        return jax.jit(lambda *a, **k: run(*a, layer=layer, **k))(
+            self.q, self.pages, self.table, **where
+        )
+
+    def dense(self, **options):
+        start, count, first, stop = (
+            self.where[name][:, None] for name in ("q_start", "q_lens", "kv_start", "kv_stop")
+        )
+        row = jnp.arange(self.q.shape[1], dtype=jnp.int32)[None]
+        j = jnp.arange(self.k.shape[1], dtype=jnp.int32)[None]
+        q_position = jnp.where(row < count, start + row, -1)
+        k_position = jnp.where((j >= first) & (j < stop), j, -1)
+        return dense_attention(self.q, self.k, self.v, q_position, k_position, scale=0.2, **options)
+
+
+def make_case(
+    store="bfloat16",
+    *,
+    lengths=(1, 33, 64, 150),
+    q_lens=None,
+    kv_start=None,
+    page_size=16,
+    kv_heads=2,
+    group=3,
+    head_dim=64,
+    word_bits=16,
+    width=None,
+    poison=True,
+    seed=0,
+):
+    """A case whose pages are shuffled, with poison wherever no token of a segment stands.
+
+    `store` is a float dtype, or a `KVCodec`.
+    """
+    rng = np.random.default_rng(seed)
+    batch, tokens = len(lengths), -(-max(lengths) // page_size) * page_size
+    q_lens = (1,) * batch if q_lens is None else q_lens
+    kv_start = (0,) * batch if kv_start is None else kv_start
+    width = tokens // page_size + 1 if width is None else width
+    normal = lambda *shape: jnp.asarray(rng.standard_normal(shape, dtype=np.float32))
+    k, v = (normal(batch, kv_heads, tokens, head_dim) for _ in range(2))
+    mean = None
+    if isinstance(store, KVCodec):
+        layout = TokenMajor(
+            codec=store,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            page_size=page_size,
+            word_bits=word_bits,
+        )
+        k_mean = jnp.zeros(())
+        if store.key_mean == "page":
+            k = k + normal(1, kv_heads, 1, head_dim)
+            paged = k.reshape(batch, kv_heads, -1, page_size, head_dim)
+            mean = page_mean(store.key.rotate(paged), -2)
+            k_mean = jnp.repeat(store.key.unrotate(mean.astype(jnp.float32)), page_size, axis=2)
+            keys = store.key.quantize(k, k_mean)
+        else:
+            keys = store.key.quantize(k)
+        values = store.value.quantize(v)
+        k = store.key.unrotate(store.key.dequantize(keys)) + k_mean
+        v = store.value.unrotate(store.value.dequantize(values))
+        arrays = {n: np.asarray(x) for n, x in layout.pack(keys, values).items()}
+        axes = layout.token_axes
+    else:
+        k, v = (x.astype(store) for x in (k, v))
+        arrays, axes = {"k": np.asarray(k), "v": np.asarray(v)}, {"k": -2, "v": -2}
+        k, v = (x.astype(jnp.float32) for x in (k, v))
+    pages = 2 + batch * width
+    free = list(rng.permutation(np.arange(1, pages - 1)))
+    table = np.full((batch, width), 10**6, np.int32)  # beyond the pool: never looked up
+    pools = {}
+    for name, x in arrays.items():
+        shape = list(x.shape[1:])
+        shape[axes[name]] = page_size
+        pools[name] = np.full((LAYERS, pages, *shape), _poison(x.dtype) if poison else 0, x.dtype)
+    means = np.full((LAYERS, pages, kv_heads, head_dim), np.nan, np.float16)
+    for b, (start, stop) in enumerate(zip(kv_start, lengths, strict=True)):
+        for g in range(start // page_size, -(-stop // page_size)):
+            page = table[b, g % width] = free.pop()
+            if mean is not None:
+                means[LAYER, page] = mean[b, :, g]
+            low, high = max(start, g * page_size), min(stop, (g + 1) * page_size)
+            for name, x in arrays.items():
+                source = np.moveaxis(x[b], axes[name], 0)
+                target = np.moveaxis(pools[name][LAYER, page], axes[name], 0)
+                target[low % page_size : low % page_size + high - low] = source[low:high]
+    pools = {n: jnp.asarray(x) for n, x in pools.items()}
+    if isinstance(store, KVCodec):
+        stored = CodedPages(
+            arrays=pools, key_mean=None if mean is None else jnp.asarray(means), layout=layout
+        )
+    else:
+        stored = ExactPages(**pools)
+    where = dict(
+        q_start=np.subtract(lengths, q_lens), q_lens=q_lens, kv_start=kv_start, kv_stop=lengths
+    )
+    q = normal(batch, max(1, *q_lens), kv_heads * group, head_dim)
+    row = np.arange(q.shape[1])[None, :, None, None] >= np.reshape(q_lens, (-1, 1, 1, 1))
+    return Case(
+        q=jnp.where(row, np.nan, q).astype(jnp.bfloat16),
+        pages=stored,
+        table=jnp.asarray(table),
+        where={name: jnp.asarray(x, jnp.int32) for name, x in where.items()},
+        k=jnp.swapaxes(k, 1, 2),
+        v=jnp.swapaxes(v, 1, 2),
+        page_size=page_size,
+    )
+
+
+def _poison(dtype):
+    return np.nan if jnp.issubdtype(dtype, jnp.floating) else np.iinfo(dtype).max
+
+
+def assert_close(got, expected, tolerance):
+    (out, lse), (want, want_lse) = got, expected
+    out, lse, want, want_lse = map(np.asarray, (out, lse, want, want_lse))
+    seen = np.isfinite(want_lse)
+    np.testing.assert_array_equal(np.isfinite(lse), seen)
+    np.testing.assert_array_equal(out[~seen], 0)
+    np.testing.assert_array_equal(lse[~seen], -np.inf)
+    error = np.linalg.norm(out - want) / np.linalg.norm(want)
+    assert error <= tolerance, error
+    np.testing.assert_allclose(lse[seen], want_lse[seen], atol=3 * tolerance)
+
+
+CONFIGS = {"flat": SMALL, "edges": EDGES, "transposed": TRANSPOSED}
+MAKERS = {
+    "decode": make_case,
+    "verify": functools.partial(make_case, lengths=(4, 33, 64, 150), q_lens=(3, 1, 0, 4)),
+    "wrapped": functools.partial(
+        make_case, lengths=(7, 61, 200, 90), q_lens=(2, 1, 3, 0), kv_start=(0, 21, 121, 70), width=6
+    ),
+}
+MASKS = [
+    dict(),
+    dict(window=20),
+    dict(window=40, sink_tokens=5),
+    dict(lag=PageLag(16, least=1)),
+    dict(lag=PageLag(16, most=2), soft_cap=1.5),
+]
+
+
+# Each rule with each kind of segment; the orientations and loops take turns.
+CASES = [
+    (make, options, list(CONFIGS)[(i + j) % len(CONFIGS)])
+    for i, make in enumerate(MAKERS)
+    for j, options in enumerate(MASKS)
+]
+
+
+@pytest.mark.parametrize("make, options, config", CASES, ids=str)
+def test_exact_pages_equal_dense(make, options, config, interpret):
+    case = MAKERS[make]()
+    got = case.attend(interpret=interpret, config=CONFIGS[config], **options)
+    assert_close(got, case.dense(**options), TOLERANCE["bfloat16"])
+
+
+def test_many_rows(interpret):
+    """More rows than one warp takes: a group of 7 and 4 drafts."""
+    shape = dict(lengths=(4, 70), q_lens=(4, 3), group=7, kv_heads=1)
+    for store, tolerance in (("bfloat16", "bfloat16"), (get_codec("4bit_nc"), "coded")):
+        case = make_case(store, **shape)
+        assert_close(case.attend(interpret=interpret), case.dense(), TOLERANCE[tolerance])
+
+
+def test_prefetched_factors(interpret):
+    case = make_case(get_codec("4bit_nc"), lengths=(1, 200), page_size=32)
+    got = case.attend(interpret=interpret, config=PREFETCH)
+    assert_close(got, case.dense(), TOLERANCE["coded"])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_other_float_types(dtype, interpret):
+    case = make_case(dtype)
+    assert_close(case.attend(interpret=interpret, config=EDGES), case.dense(), TOLERANCE[dtype])
+
+
+SHAPES = [
+    dict(head_dim=80, group=1),
+    dict(head_dim=96, group=7, page_size=32, codec="tq3"),
+    dict(head_dim=128, group=4, page_size=64, word_bits=32),
+    dict(head_dim=192, group=2, page_size=128, word_bits=32),
+    dict(head_dim=256, group=16, kv_heads=1),
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("store", ["bfloat16", get_codec("3bit_nc")], ids=["bfloat16", "3bit_nc"])
+def test_shapes(store, shape, interpret):
+    shape = dict(shape)
+    codec = shape.pop("codec", None)
+    if store != "bfloat16" and codec is not None:
+        store = get_codec(codec)
+    if store == "bfloat16":
+        shape.pop("word_bits", None)
+    case = make_case(store, lengths=(1, 70, 129), **shape)
+    config = EDGES if store == "bfloat16" else TRANSPOSED
+    tolerance = TOLERANCE["bfloat16" if store == "bfloat16" else "coded"]
+    assert_close(case.attend(interpret=interpret, config=config), case.dense(), tolerance)
+
+
+def own(key, value):
+    return KVCodec(name="own", key=key, value=value)
+
+
+LLOYD = functools.partial(TurboQuant, codebook="lloyd_max")
+CODECS = {
+    name: get_codec(name)
+    for name in ("int8 fp8_e4m3 fp8_e5m2 k8v4 4bit_nc k3v4_nc 3bit_nc tq4 tq3 tq2".split())
+} | {
+    "quintic_v2": own(TurboQuant(codebook="quintic"), MinMax(2)),
+    "lloyd2_lloyd4": own(LLOYD(bits=2), LLOYD(bits=4)),
+}
+
+
+@pytest.mark.parametrize("codec", CODECS.values(), ids=CODECS)
+def test_codecs_equal_dense(codec, interpret):
+    case = make_case(codec, lengths=(1, 33, 130), q_lens=(1, 1, 0))
+    options = dict(window=70, soft_cap=3.0) if codec.name in ("tq4", "k8v4", "tq2") else {}
+    got = case.attend(interpret=interpret, **options)
+    assert_close(got, case.dense(**options), TOLERANCE["coded"])
+
+
+@pytest.mark.parametrize("word_bits", [16, 32])
+@pytest.mark.parametrize("name", ["4bit_nc", "tq4", "tq3", "tq2"])
+def test_word_sizes_at_128(name, word_bits, interpret):
+    case = make_case(
+        get_codec(name),
+        lengths=(65, 300),
+        page_size=64,
+        head_dim=128,
+        word_bits=word_bits,
+        q_lens=(2, 1),
+    )
+    assert_close(case.attend(interpret=interpret), case.dense(), TOLERANCE["coded"])
+
+
+@pytest.mark.parametrize(
+    "bits, name",
+    [
+        (2, "lloyd_max"),
+        (3, "lloyd_max"),
+        (4, "lloyd_max"),
+        (2, "cubic"),
+        (3, "cubic"),
+        (4, "cubic"),
+        (4, "quintic"),
+    ],
+)
+def test_polynomials_pass_through_the_levels(bits, name):
+    codec = TurboQuant(bits=bits, codebook=name)
+    levels = gpu_dequant.make_levels(codec)
+    t = (np.arange(2**bits) - levels.centre) * levels.step
+    value = levels.gain * sum(c * t ** (2 * i + 1) for i, c in enumerate(levels.coefficients))
+    np.testing.assert_allclose(value, get_codebook(name, bits).levels, atol=3e-4)
+
+
+def test_items_cover_every_page_once_and_are_even():
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        pages = rng.integers(0, 90, rng.integers(1, 40)) * rng.integers(0, 2)
+        sizes = dict(
+            wanted=int(rng.integers(1, 50)),
+            fewest=int(rng.integers(1, 50)),
+            good_pages=int(rng.integers(1, 20)),
+            least_pages=int(rng.integers(1, 5)),
+        )
+        items = gpu_split.item_bound(len(pages), 90, **sizes)
+        work = gpu_split.plan_items(jnp.asarray(pages, jnp.int32), items=items, **sizes)
+        start, stop, sequence = map(np.asarray, (work.start, work.stop, work.sequence))
+        for b, count in enumerate(pages):
+            first, n = int(work.first_item[b]), int(work.item_count[b])
+            mine = slice(first, first + n)
+            assert (n > 0) == (count > 0) and np.all(sequence[mine] == b)
+            edges = [*start[mine], count]
+            assert edges == [0, *stop[mine]]
+        used = stop > start
+        assert used.sum() == int(work.item_count.sum())
+        assert not np.any(stop[~used])
+
+
+def test_what_is_not_served_is_named():
+    with pytest.raises(NotImplementedError, match="^head_dim=32: the GPU kernel serves"):
+        make_case(head_dim=32).attend(interpret=True)
+    with pytest.raises(NotImplementedError, match="^group=33, q_tokens=4: their product"):
+        make_case(group=33, q_lens=(4, 1, 1, 1), lengths=(4, 1, 1, 1)).attend(interpret=True)
+    with pytest.raises(NotImplementedError, match="^word_bits=8: the GPU kernel reads words"):
+        make_case(get_codec("tq4"), word_bits=8).attend(interpret=True)
+
+
+def run_ptx(text, inputs, registers=False):
+    """Runs the straight-line PTX of an unpacking on numpy registers, `u32[n]` each."""
+    raw, registers = (
+        registers,
+        {f"${i + 1}": np.asarray(x, np.uint32) for i, x in enumerate(inputs)},
+    )
+    halves = lambda x: x.view(np.float16).astype(np.float64).reshape(-1, 2)
+    packed = lambda x: np.ascontiguousarray(x.astype(np.float16)).view(np.uint32).reshape(-1)
+
+    def read(name):
+        if name in registers:
+            return registers[name]
+        return np.full(inputs[0].shape, int(name, 0), np.uint32)
+
+    for line in text.strip("{}\n").split("\n"):
+        op, _, rest = line.split("//")[0].strip().rstrip(";").partition(" ")
+        if op == ".reg":
+            continue
+        target, *names = [x.strip() for x in rest.split(",")]
+        args = [read(x) for x in names]
+        if op == "prmt.b32":
+            bytes_ = np.stack([a >> np.uint32(8 * i) & 255 for a in args[:2] for i in range(4)])
+            picks = [read(names[2]) >> np.uint32(4 * i) & 7 for i in range(4)]
+            each = np.arange(len(bytes_[0]))
+            value = sum(bytes_[pick, each] << np.uint32(8 * i) for i, pick in enumerate(picks))
+        elif op == "lop3.b32":
+            value = np.zeros_like(args[0])
+            for case in range(8):
+                if int(names[3], 0) >> case & 1:
+                    signs = [a if case >> (2 - i) & 1 else ~a for i, a in enumerate(args[:3])]
+                    value |= signs[0] & signs[1] & signs[2]
+        elif op in ("shr.u32", "shl.b32"):
+            value = args[0] >> args[1] if op == "shr.u32" else args[0] << args[1]
+        elif op == "and.b32":
+            value = args[0] & args[1]
+        elif op == "sub.s32":
+            value = args[0] - args[1]
+        elif op == "mov.b32":
+            value = args[0]
+        elif op == "fma.rn.f16x2":
+            a, b, c = map(halves, args)
+            value = packed(a * b + c)
+        elif op == "mul.rn.f16x2":
+            value = packed(halves(args[0]) * halves(args[1]))
+        else:
+            raise AssertionError(line)
+        registers[target] = value.astype(np.uint32)
+    return registers["$0"] if raw else halves(registers["$0"])
+
+
+TENSORS = {
+    "lloyd2": LLOYD(bits=2), "lloyd3": LLOYD(bits=3), "lloyd4": LLOYD(bits=4),
+    "cubic2": TurboQuant(bits=2), "cubic3": TurboQuant(bits=3), "cubic4": TurboQuant(bits=4),
+    "quintic4": TurboQuant(codebook="quintic"),
+    "minmax2": MinMax(2), "minmax3": MinMax(3), "minmax4": MinMax(4),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("word_bits", [16, 32])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 192])
+@pytest.mark.parametrize("codec", TENSORS.values(), ids=TENSORS)
+def test_ptx_unpacks_what_was_packed(codec, head_dim, word_bits):
+    """The PTX itself, not its twin, on the words that the layout packs."""
+    rng = np.random.default_rng(0)
+    tokens = 64
+    codes = rng.integers(0, 2**codec.bits, (tokens, head_dim)).astype(np.uint8)
+    packed = [np.asarray(x) for x in pack_planes(jnp.asarray(codes), codec.bits, word_bits)]
+    names = [f"k_{x}" for x in ("codes", "high")[: len(packed)]]
+    reader = gpu_dequant.coded_reader("k", codec, head_dim, dict(zip(names, packed, strict=True)))
+    got = np.zeros((tokens, head_dim))
+    for (i, bit), dims, gain in zip(reader.fields, reader.dims, reader.gains(True), strict=True):
+        tile = reader.tiles[i]
+        word = tile.start + np.arange(tile.columns) % tile.words
+        columns = [packed[0][:, word]] + [x[:, word % (reader.words // 2)] for x in packed[1:]]
+        shifts = reader.shifts[i, :, : tile.columns]
+        shifted = tuple(p for p, x in enumerate(shifts) if x.any())
+        if word_bits == 16 and np.any(shifts[:, ::2] != shifts[:, 1::2]):
+            pytest.skip("shifted outside of the PTX")
+        # Registers as the PTX gets them: a 32-bit word each, or two 16-bit ones.
+        columns = [np.ascontiguousarray(x).view(np.uint32) for x in columns]
+        shape = columns[0].shape
+        amounts = [shifts[p][:: 32 // word_bits] for p in shifted]
+        amounts = [np.broadcast_to(x.astype(np.uint32), shape).reshape(-1) for x in amounts]
+        words = [x.reshape(-1) for x in columns]
+        if len(words) > 1 or shifted:
+            pack = 32 // word_bits
+            args = [*words, *(x for amount in amounts for x in [amount] * pack)]
+            odd = bit // 2 % 2 if len(words) > 1 else 0
+            text = gpu_dequant._align_text(len(words), shifted, pack, odd)
+            aligned = run_ptx(text, args, registers=True)
+        else:
+            [aligned] = words
+        inputs = [aligned] if word_bits == 16 else [aligned[::2], aligned[1::2]]
+        if reader.levels.magnitudes:
+            index = [run_ptx(gpu_dequant._INDEX_ASM, [w], registers=True) for w in inputs]
+            text = gpu_dequant._lookup_asm(reader.levels.magnitudes, word_bits, bit // 4)
+            got[:, dims] = run_ptx(text, [*index, *inputs]).reshape(tokens, -1)
+            continue
+        place = gpu_dequant._nibble(bit, reader.levels)
+        text = gpu_dequant._planes_asm(reader.levels, word_bits, place)
+        got[:, dims] = gain * run_ptx(text, inputs).reshape(tokens, -1)
+    want = np.asarray(codec.code_values(jnp.asarray(codes)))
+    np.testing.assert_allclose(got, want, atol=4e-3 if codec.rotated else 0)
