@@ -258,7 +258,8 @@ def generate(
       pages: cap on each pool of the cache; None reserves for the worst case.
       chunk: most prompt tokens of one step.
       block: decode steps between two looks of the host (`on_tokens`).
-      backend: of the attention; None picks by platform.
+      backend: of the attention; None picks by platform. "gpu" is for decode steps: prompts run
+        on the platform's default.
       on_tokens: called after each block with every sequence's new tokens.
       on_prefill: called after each chunk with (prompt tokens done, of how many).
 
@@ -298,11 +299,13 @@ def generate(
     )
     cache = KVCache.create(config, key_means=key_means)
     compile_seconds = -time.perf_counter()
-    _compile(model, cache, padded, draw, chunk, block, backend)
+    # The GPU kernel takes a few tokens a sequence: prompts come in chunks.
+    prefill_backend = None if backend == "gpu" else backend
+    _compile(model, cache, padded, draw, chunk, block, backend, prefill_backend)
     compile_seconds += time.perf_counter()
 
     prefill_seconds = -time.perf_counter()
-    cache, last, peak = _prefill(model, cache, padded, lens, chunk, backend, on_prefill)
+    cache, last, peak = _prefill(model, cache, padded, lens, chunk, prefill_backend, on_prefill)
     reserved, page_bytes = cache.bytes_reserved, cache.page_bytes
     state = start(model, cache, last, *draw)
     tokens = [[int(t)] for t in np.asarray(state.token)]
@@ -389,14 +392,20 @@ def _no_hidden(model, batch: int) -> jax.Array:
     return jnp.zeros((batch, table.shape[1]), table.dtype)
 
 
-def _compile(model, cache, padded, draw, chunk, block, backend) -> None:
+def _compile(model, cache, padded, draw, chunk, block, backend, prefill_backend) -> None:
     """Compiles what `generate` will call, to tell its time apart; JAX keeps the programs."""
     shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
     abstract = jax.tree.map(shape, cache)
     batch = padded.shape[0]
     last, lens = _no_hidden(model, batch), jnp.zeros(batch, jnp.int32)
     prefill_chunk.lower(
-        model, abstract, shape(last), jnp.asarray(padded), lens, chunk=chunk, backend=backend
+        model,
+        abstract,
+        shape(last),
+        jnp.asarray(padded),
+        lens,
+        chunk=chunk,
+        backend=prefill_backend,
     ).compile()
     start.lower(model, abstract, last, *draw).compile()
     state = jax.eval_shape(start, model, abstract, last, *draw)

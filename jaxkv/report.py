@@ -1,11 +1,20 @@
 """Says which code serves which layer, and what each group of layers stores."""
 
 import dataclasses
+import functools
 
+import jax
+import jax.numpy as jnp
+
+from jaxkv.cache import KVCache
 from jaxkv.config import CacheConfig, LayerGroup
 from jaxkv.sizing import plan
-from pallas_kernels import paged_attention, quantize_pages, write_pages
+from jaxkv.store import GroupState
+from pallas_kernels import quantize_pages, write_pages
 from pallas_kernels.backends import Backend, choose_backend
+from pallas_kernels.paged_attention import choose
+
+PREFILL_TOKENS = 64  # stands for a chunk of a prompt
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,7 +33,8 @@ class GroupReport:
     note: str  # why the codec is not the one that was asked for
     pages: int
     bytes: int
-    attention: Backend
+    attention: Backend  # of decode steps
+    prefill: Backend  # attention of chunks
     write: Backend
     quantize: Backend | None
 
@@ -42,7 +52,10 @@ class GroupReport:
                 kept += f", newest {self.recent_pages} and first {self.exact_sink_pages} pages "
                 kept += f"{self.dtype}"
         note = f" ({self.note})" if self.note else ""
-        backends = f"attention {self.attention}, write {self.write}"
+        attention = self.attention
+        if self.prefill != self.attention:
+            attention += f" (prefill {self.prefill})"
+        backends = f"attention {attention}, write {self.write}"
         if self.quantize is not None:
             backends += f", quantize {self.quantize}"
         return (
@@ -67,9 +80,11 @@ def explain(
     """
     config = dataclasses.replace(config, platform=platform or config.platform).checked()
     platform = config.platform
-    attention = choose_backend("paged_attention", backend, paged_attention.BACKENDS, platform)
     write = choose_backend("write_pages", None, write_pages.BACKENDS, platform)
     quantize = choose_backend("quantize_pages", None, quantize_pages.BACKENDS, platform)
+    means = [jnp.zeros((spec.kv_heads, spec.head_dim)) for spec in config.layers]
+    abstract = jax.eval_shape(lambda: KVCache.create(config, key_means=means))
+    serving = functools.partial(_serving, platform=platform)
     return [
         GroupReport(
             layers=group.layers,
@@ -84,12 +99,32 @@ def explain(
             note=_note(config, group),
             pages=sum(store.pages for store in group.stores),
             bytes=size,
-            attention=attention,
+            attention=serving(state, backend, q_tokens=1),
+            prefill=serving(state, None if backend == "gpu" else backend, q_tokens=PREFILL_TOKENS),
             write=write,
             quantize=None if group.body is None else quantize,
         )
-        for group, size in zip(config.groups, plan(config).groups, strict=True)
+        for group, state, size in zip(
+            config.groups, abstract.groups, plan(config).groups, strict=True
+        )
     ]
+
+
+def _serving(state: GroupState, backend: Backend | None, *, q_tokens: int, platform) -> Backend:
+    """Who attends a group; where its stores differ, who attends the codes.
+
+    How many query heads share a kv head is the model's affair: one is assumed.
+    """
+    return [
+        choose(
+            backend,
+            store.pages,
+            q_tokens=q_tokens,
+            q_heads=store.pages.dims["kv_heads"],
+            platform=platform,
+        )
+        for store in state.stores
+    ][-1]
 
 
 def _note(config: CacheConfig, group: LayerGroup) -> str:

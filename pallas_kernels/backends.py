@@ -1,10 +1,33 @@
 """Which implementation of an op serves a call: named or chosen, never swapped silently."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Literal, get_args
 
 import jax
 
 Backend = Literal["xla", "reference", "gpu", "tpu"]
+
+_interpreted = False
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Pallas's interpreter."""
+    return _interpreted
+
+
+@contextlib.contextmanager
+def interpret_kernels() -> Iterator[None]:
+    """Lets backend="gpu" run anywhere, interpreted and very slowly: for tests without a GPU.
+
+    Programs that were compiled outside stay as they are: trace anew inside.
+    """
+    global _interpreted
+    before, _interpreted = _interpreted, True
+    try:
+        yield
+    finally:
+        _interpreted = before
 
 
 def choose_backend(

@@ -4,13 +4,43 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.backends import Backend, choose_backend
-from pallas_kernels.paged_attention import reference, xla
+from pallas_kernels.paged_attention import gpu, reference, xla
 from pallas_kernels.pages import Pages
 from pallas_kernels.segments import add_learned_sink
 from pallas_kernels.shapes import bind_dims
 from pallas_kernels.visibility import PageLag, seen_span
 
-BACKENDS: tuple[Backend, ...] = ("xla", "reference")
+BACKENDS: tuple[Backend, ...] = ("xla", "reference", "gpu")
+
+
+def choose(
+    backend: Backend | None,
+    pages: Pages,
+    *,
+    q_tokens: int,
+    q_heads: int,
+    platform: str | None = None,
+) -> Backend:
+    """Which backend serves a call: the named one, or the platform's where it can.
+
+    Args:
+      backend: as given to `paged_attention`.
+      pages: shapes and dtypes are enough.
+      q_tokens: query tokens a sequence.
+      q_heads: query heads.
+      platform: "cpu", "gpu" or "tpu"; None asks JAX.
+
+    Raises:
+      ValueError: no such backend.
+      NotImplementedError: the named backend does not serve this; the message says why.
+    """
+    served = BACKENDS
+    if backend == "gpu" or (backend is None and (platform or jax.default_backend()) == "gpu"):
+        reason = gpu.refusal(pages, q_tokens=q_tokens, q_heads=q_heads, platform=platform)
+        if reason is not None and backend == "gpu":
+            raise NotImplementedError(f"paged_attention: {reason}.")
+        served = BACKENDS if reason is None else ("xla", "reference")
+    return choose_backend("paged_attention", backend, served, platform)
 
 
 def paged_attention(
@@ -87,20 +117,19 @@ def paged_attention(
         raise ValueError(f"q_heads={sizes['q_heads']} must be a multiple of {dims['kv_heads']=}.")
     if lag is not None and lag.page_size != dims["page_size"]:
         raise ValueError(f"{lag.page_size=} must be the pages' {dims['page_size']}.")
-    sink_stop, ring_sinks = None, sink_tokens
+    sink_span, ring_sinks = None, sink_tokens
     if sink_table is not None:
         # Sink pages are a span of their own, and nothing but tokens of the window is left outside.
         sink_stop = jnp.minimum(kv_stop, sink_table.shape[1] * dims["page_size"])
-        begin, sink_stop = seen_span(
+        sink_span = seen_span(
             q_start, q_lens, 0 * kv_start, sink_stop, window=window, sink_tokens=sink_tokens
         )
-        sink_stop, ring_sinks = jnp.where(sink_stop > begin, sink_stop, 0), 0
+        ring_sinks = 0
     kv_start, kv_stop = seen_span(
         q_start, q_lens, kv_start, kv_stop, window=window, sink_tokens=ring_sinks, lag=lag
     )
-    serve = {"xla": xla, "reference": reference}[
-        choose_backend("paged_attention", backend, BACKENDS)
-    ]
+    chosen = choose(backend, pages, q_tokens=sizes["q_tokens"], q_heads=sizes["q_heads"])
+    serve = {"xla": xla, "reference": reference, "gpu": gpu}[chosen]
     out, lse = serve.paged_attention(
         q,
         pages,
@@ -111,7 +140,7 @@ def paged_attention(
         q_lens=q_lens,
         kv_start=kv_start,
         kv_stop=kv_stop,
-        sink_stop=sink_stop,
+        sink_span=sink_span,
         scale=scale,
         window=window,
         sink_tokens=sink_tokens,

@@ -239,6 +239,13 @@ def paged_attention(
     return out, lse
 
 
+def check(pages: Pages, *, q_tokens: int, group: int) -> None:
+    """Raises NotImplementedError, with name and value, for what this kernel does not serve."""
+    dims = pages.dims
+    _, _, arrays, _ = _readers(pages, dims["head_dim"])
+    _check(dims["head_dim"], dims["page_size"], group, q_tokens, arrays)
+
+
 def _readers(pages: Pages, head_dim: int):
     """Readers of keys and values, the arrays they read, and how many factors each has."""
     if not isinstance(pages, CodedPages):

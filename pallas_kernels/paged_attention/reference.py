@@ -19,7 +19,7 @@ def paged_attention(
     q_lens,
     kv_start,
     kv_stop,
-    sink_stop,
+    sink_span,
     scale,
     window,
     sink_tokens,
@@ -48,7 +48,9 @@ def paged_attention(
     part = segment(page_table, kv_start, kv_stop, lag)
     if sink_table is None:
         return part
-    return merge(*part, *segment(sink_table, 0 * kv_start, sink_stop, None))
+    start, stop = sink_span
+    out, lse = segment(sink_table, start, stop, None)
+    return merge(*part, out, lse)
 
 
 def _read(pages: Pages, layer, table, start, stop) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -32,7 +32,7 @@ def paged_attention(
     q_lens,
     kv_start,
     kv_stop,
-    sink_stop,
+    sink_span,
     scale,
     window,
     sink_tokens,
@@ -56,7 +56,10 @@ def paged_attention(
     width = page_table.shape[1]
     first = kv_start // page_size
     ring_pages = jnp.where(kv_stop > kv_start, -(-kv_stop // page_size) - first, 0)
-    sink_pages = jnp.zeros_like(first) if sink_table is None else -(-sink_stop // page_size)
+    sink_pages = jnp.zeros_like(first)
+    if sink_span is not None:
+        sink_start, sink_stop = sink_span
+        sink_pages = jnp.where(sink_stop > sink_start, -(-sink_stop // page_size), 0)
     if lag is not None and lag.most is not None:  # so few pages can be seen at all
         width = min(width, lag.most + -(-(q_tokens - 1) // page_size))
     most = width + (0 if sink_table is None else sink_table.shape[1])
@@ -76,7 +79,7 @@ def paged_attention(
             place = jnp.minimum(ordinal, sink_table.shape[1] - 1)
             sink = jnp.take_along_axis(sink_table, jnp.broadcast_to(place, is_sink.shape), axis=1)
             page, logical = jnp.where(is_sink, sink, page), jnp.where(is_sink, ordinal, logical)
-            start = jnp.where(is_sink, 0, start)[:, :, None]
+            start = jnp.where(is_sink, sink_start[:, None], start)[:, :, None]
             stop = jnp.where(is_sink, sink_stop[:, None], stop)[:, :, None]
         else:
             start, stop = start[:, :, None], stop[:, :, None]

@@ -104,7 +104,7 @@ def test_bad_calls_name_the_value():
         cache.attend(0, q, k, k)
     with pytest.raises(ValueError, match="q_sink is not taken"):
         cache.attend(0, q[:, :1], k[:, :1], k[:, :1], q_sink=q[:, :1])
-    with pytest.raises(NotImplementedError, match="no 'gpu' backend; it runs on: xla"):
+    with pytest.raises(NotImplementedError, match="backend='gpu' needs an NVIDIA GPU, and"):
         cache.attend(0, q[:, :1], k[:, :1], k[:, :1], backend="gpu")
     with pytest.raises(ValueError, match="q_heads=3 must be a multiple"):
         cache.attend(0, q[:, :1, :3], k[:, :1], k[:, :1])
