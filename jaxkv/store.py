@@ -38,7 +38,9 @@ class Store:
     def page_bytes(self) -> int:
         """Bytes of one page over all layers, keys, values, factors and means."""
         pools = (x for x in jax.tree.leaves(self.pages) if x.shape[1] == self.spec.pages)
-        return sum(x.nbytes // x.shape[1] for x in pools)  # a static key mean is no page's
+        return sum(
+            x.size * x.dtype.itemsize // x.shape[1] for x in pools
+        )  # a static key mean is no page's
 
     def needed(self, lengths: jax.Array, new_tokens: jax.Array) -> jax.Array:
         """Pages that `new_tokens` more tokens need at most, `i32[batch]`."""

@@ -35,8 +35,8 @@ class Args:
 
     model: str = "smollm2"
     """'smollm2', a GGUF file, or a Hugging Face folder."""
-    codec: Codecs = ("4bit_nc", "tq4", "tq3", "int8")
-    """Codec to measure beside exact; repeat for several."""
+    codec: Codecs = ()
+    """Codec to measure beside exact; repeat for several. Default: 4bit_nc, tq4, tq3 and int8."""
     batch: int = 1
     """Sequences side by side, all of the same length."""
     context: int = 1024
@@ -63,7 +63,8 @@ def step(model, tokens, cache):
 def main(args: Args) -> int:
     """Measures, prints a table; returns the exit code."""
     log = Console(stderr=True, highlight=False)
-    names = ("exact", *(name for name in args.codec if name != "exact"))
+    codecs = args.codec or ("4bit_nc", "tq4", "tq3", "int8")
+    names = ("exact", *(name for name in codecs if name != "exact"))
     for name in names:
         get_codec(name)
     for name in ("batch", "context", "pages", "chunk"):

@@ -1,0 +1,253 @@
+"""Decode steps of a whole model of random weights: tokens per second, and what the time goes into.
+
+The cache is filled without running a prompt: pages are reserved step by step, as `generate` does,
+then the pools get random codes, factors and values. Decoding runs the program that `generate` runs.
+"""
+
+import concurrent.futures
+import dataclasses
+import functools
+import itertools
+import json
+import math
+import os
+import sys
+import time
+from typing import Annotated
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from flax import nnx
+from rich.console import Console
+
+import jaxkv
+import models
+from jaxkv.codecs import get_codec
+from jaxkv.generation import decode_block, start
+from models.rope import make_rope
+from scripts.command import run_command
+from scripts.device_time import device_times
+from scripts.plan import make_table
+
+Names = Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="NAME")]
+Numbers = Annotated[tyro.conf.UseAppendAction[tuple[int, ...]], tyro.conf.arg(metavar="N")]
+
+
+def _shape(layers, hidden, inner, q_heads, kv_heads, head_dim, vocab) -> models.DecoderConfig:
+    return models.DecoderConfig(
+        architecture="llama",
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=inner,
+        q_heads=q_heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        windows=(None,) * layers,
+        rope=make_rope(head_dim, {"rope_type": "default", "rope_theta": 500_000.0}),
+        norm_eps=1e-5,
+    )
+
+
+SHAPES = {
+    "llama3-8b": _shape(32, 4096, 14336, 32, 8, 128, 128_256),
+    "llama3-1b": _shape(16, 2048, 8192, 32, 8, 64, 128_256),
+    "tiny": _shape(3, 96, 128, 6, 2, 64, 300),
+}
+ATTENTION = "paged_attention"  # our kernels' names begin with it
+GEMMS = ("gemm", "cutlass", "nvjet", "cublas", "splitK", "dot")
+
+
+@dataclasses.dataclass
+class Args:
+    """Measures decode steps of a model of random weights, whose cache holds --context tokens.
+
+    Example:
+      bench_step.py --shape llama3-8b --batch 1 --batch 64 --codec fp8_e4m3 --codec tq4
+    """
+
+    shape: str = "llama3-8b"
+    """Whose sizes: 'llama3-8b', 'llama3-1b' or 'tiny'."""
+    batch: Numbers = ()
+    """Sequences side by side; repeat for several. Default: 1, 8 and 64."""
+    codec: Names = ()
+    """How the cache keeps keys and values; repeat. Default: exact, fp8_e4m3 and tq4."""
+    context: int = 8192
+    """Tokens of each sequence when measuring begins."""
+    steps: int = 32
+    """Decode steps of one program."""
+    repeats: int = 3
+    """Programs run; the median counts."""
+    dtype: str = "bfloat16"
+    """Of weights and exact pages."""
+    scan: bool = False
+    """Scan over stacked layers: compiles sooner, may copy weights."""
+    memory: float = 78.0
+    """GiB of the device; what needs more is left out."""
+    json: bool = False
+    """Last line of standard output: one JSON object."""
+
+
+def fill(cache: jaxkv.KVCache, context: int) -> jaxkv.KVCache:
+    """A cache whose sequences hold `context` tokens of random content."""
+    step = cache.config.max_new_tokens
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def reserve(cache):
+        def body(i, cache):
+            left = jnp.minimum(context - cache.lengths, step)
+            return cache.prepare(left).commit(left)
+
+        return jax.lax.fori_loop(0, -(-context // step), body, cache)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def randomize(pool, seed):
+        def layer(key):
+            if jnp.issubdtype(pool.dtype, jnp.integer):
+                bits = jnp.dtype(f"uint{8 * pool.dtype.itemsize}")
+                x = jax.random.bits(key, pool.shape[1:], bits)
+                return jax.lax.bitcast_convert_type(x, pool.dtype)
+            return (0.1 * jax.random.normal(key, pool.shape[1:], jnp.bfloat16)).astype(pool.dtype)
+
+        return jax.lax.map(layer, jax.random.split(jax.random.key(seed), pool.shape[0]))
+
+    cache = reserve(cache)
+    seeds = itertools.count()
+    random = lambda pool: randomize(pool, next(seeds))
+    fresh = lambda store: dataclasses.replace(store, pages=jax.tree.map(random, store.pages))
+    groups = tuple(state.map(fresh) for state in cache.groups)
+    return dataclasses.replace(cache, groups=groups)
+
+
+def kind(kernel: str) -> str:
+    """What a kernel's time goes into."""
+    if ATTENTION in kernel:
+        return "attention"
+    return "weights" if any(name in kernel for name in GEMMS) else "rest"
+
+
+def main(args: Args) -> int:
+    """Measures every batch and codec, prints a table; returns the exit code."""
+    log = Console(stderr=True, highlight=False)
+    if args.shape not in SHAPES:
+        raise ValueError(f"--shape {args.shape!r} must be one of {', '.join(SHAPES)}.")
+    batches = args.batch or (1, 8, 64)
+    codecs = args.codec or ("exact", "fp8_e4m3", "tq4")
+    for name in codecs:
+        get_codec(name)
+    device = jax.devices()[0].device_kind
+    log.print(f"{device}, jax {jax.__version__}, {args.shape}, {args.dtype}")
+    began = time.perf_counter()
+    config = SHAPES[args.shape]
+
+    @nnx.jit
+    def make():
+        return models.Decoder(config, nnx.Rngs(0), scan=args.scan, dtype=args.dtype)
+
+    model = make()
+    weights = sum(x.nbytes for x in jax.tree.leaves(nnx.state(model)))
+    read = weights - model.embedding.get_value().nbytes  # a step gathers few of its rows
+    log.print(f"weights {weights / 2**30:.2f} GiB after {time.perf_counter() - began:.0f} s")
+    cases = {}
+    for batch in batches:
+        for codec in codecs:
+            cache = jaxkv.CacheConfig(
+                layers=model.layer_specs(codec=codec),
+                batch=batch,
+                max_tokens=args.context + args.steps * (args.repeats + 3),
+                max_new_tokens=8,
+            ).checked()
+            total = jaxkv.plan(cache).total
+            if total + weights > (args.memory - 2) * 2**30:
+                log.print(f"batch {batch}, {codec}: cache of {total / 2**30:.1f} GiB does not fit")
+            else:
+                cases[batch, codec] = cache
+    draw = lambda batch: (
+        jaxkv.Sampling(),
+        jnp.uint32(0),
+        jnp.zeros(0, jnp.int32),
+        jnp.full(batch, 2**30, jnp.int32),
+    )
+
+    def lower(case):
+        batch, _ = case
+        cache = jax.eval_shape(lambda: jaxkv.KVCache.create(cases[case]))
+        last = jax.ShapeDtypeStruct((batch, config.hidden_size), jnp.dtype(args.dtype))
+        state = jax.eval_shape(start, model, cache, last, *draw(batch))
+        return decode_block.lower(model, state, *draw(batch), steps=args.steps, backend=None)
+
+    lowered = {case: lower(case) for case in cases}
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        compiled = dict(
+            zip(lowered, pool.map(lambda x: x.compile(), lowered.values()), strict=True)
+        )
+    log.print(f"compiled {len(compiled)} programs after {time.perf_counter() - began:.0f} s")
+    rows = []
+    for (batch, codec), cache_config in cases.items():
+        cache = fill(jaxkv.KVCache.create(cache_config), args.context)
+        last = jnp.ones((batch, config.hidden_size), args.dtype)
+        state = start(model, cache, last, *draw(batch))
+        run = compiled[batch, codec]
+        seconds = []
+        for _ in range(args.repeats + 1):
+            begin = time.perf_counter()
+            state, out, _ = run(model, state, *draw(batch))
+            jax.block_until_ready(out)
+            seconds.append((time.perf_counter() - begin) / args.steps)
+        holder = [state]
+
+        def once(run=run, holder=holder, batch=batch):
+            holder[0], out, _ = run(model, holder[0], *draw(batch))
+            return out
+
+        parts = dict.fromkeys(("attention", "weights", "rest"), 0.0)
+        for name, times in device_times([once]).items():
+            parts[kind(name)] += sum(times) / args.steps
+        del state, cache, holder
+        abstract = jax.eval_shape(lambda c=cache_config: jaxkv.KVCache.create(c))
+        body = [s.body or s.exact for s in abstract.groups]
+        pages = batch * math.ceil(args.context / cache_config.page_size)
+        stored = sum(pages * store.page_bytes for store in body)
+        step_ms = 1e3 * float(np.median(seconds[1:]))
+        rows.append(
+            {
+                "batch": batch,
+                "codec": codec,
+                "tokens_per_second": batch / step_ms * 1e3,
+                "step_ms": step_ms,
+                "spread": float(np.ptp(seconds[1:]) / np.median(seconds[1:])),
+                "attention_ms": parts["attention"] / 1e3,
+                "weights_ms": parts["weights"] / 1e3,
+                "rest_ms": parts["rest"] / 1e3,
+                "outside": 1 - (parts["attention"] + parts["weights"]) / 1e3 / step_ms,
+                "kv_gb": stored / 1e9,
+                "weights_gb": read / 1e9,
+            }
+        )
+        log.print(f"batch {batch} {codec}: {rows[-1]}", soft_wrap=True)
+        if "OUT" in os.environ:
+            with open(f"{os.environ['OUT']}/bench_step.json", "w") as file:
+                json.dump(rows, file)
+    number = lambda key, form: [format(row[key], form) for row in rows]
+    columns = {
+        "batch": number("batch", "d"),
+        "codec": [row["codec"] for row in rows],
+        "tokens/s": number("tokens_per_second", ",.0f"),
+        "step ms": number("step_ms", ".2f"),
+        "spread": number("spread", ".1%"),
+        "attention\nms": number("attention_ms", ".2f"),
+        "weights\nms": number("weights_ms", ".2f"),
+        "rest\nms": number("rest_ms", ".2f"),
+        "outside\nboth": number("outside", ".1%"),
+        "KV GB": number("kv_gb", ".2f"),
+    }
+    title = f"{args.shape}, {args.context} tokens, {device}; weights read {read / 1e9:.1f} GB"
+    Console(file=sys.stdout, highlight=False).print(make_table(title, columns))
+    if args.json:
+        print(json.dumps({"shape": args.shape, "context": args.context, "results": rows}))
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main, Args)
