@@ -395,6 +395,8 @@ def make_data(sizes: Sizes, key: jax.Array) -> Data:
 # Programs: all are compiled for shapes alone, before any data is there.
 
 Attend = Callable[..., jax.Array]
+Jobs = dict[tuple[str, Sizes], Callable]  # by name
+Programs = dict[tuple[str, Sizes], concurrent.futures.Future]
 
 
 def attend(sizes: Sizes, backend: Backend, data: Data, table, spans, layer) -> jax.Array:
@@ -452,9 +454,9 @@ def abstract_inputs(sizes: Sizes) -> tuple[Data, Any, dict]:
     return data, integer(sizes.batch, sizes.width), {n: integer(sizes.batch) for n in names}
 
 
-def program_jobs(problems: list[Problem], args: Args, backend: Backend) -> dict[tuple, Callable]:
+def program_jobs(problems: list[Problem], args: Args, backend: Backend) -> Jobs:
     """What to compile, by name and sizes: cases of the same sizes share a program."""
-    jobs: dict[tuple, Callable] = {}
+    jobs: Jobs = {}
 
     def add(name, sizes, function, *inputs):
         jobs[name, sizes] = lambda: jax.jit(function).lower(*inputs).compile()
@@ -473,13 +475,11 @@ def program_jobs(problems: list[Problem], args: Args, backend: Backend) -> dict[
         if args.peers and jax_peer_refusal(problem) is None:
             for tiling in JAX_TILINGS:
                 function = functools.partial(jax_peer, jax_peer_module(), sizes, tiling)
-                add(("jax", tiling), sizes, function, *jax_peer_inputs(sizes))
+                add(f"jax {tiling}", sizes, function, *jax_peer_inputs(sizes))
     return jobs
 
 
-def compile_all(
-    jobs: dict[tuple, Callable], log: Console
-) -> dict[tuple, concurrent.futures.Future]:
+def compile_all(jobs: Jobs, log: Console) -> Programs:
     """Compiles in threads, which takes most of a run's time; a future keeps its error."""
     with concurrent.futures.ThreadPoolExecutor(COMPILE_THREADS) as pool:
         programs = {name: pool.submit(job) for name, job in jobs.items()}
@@ -710,7 +710,7 @@ def run_jax_peer(problem: Problem, data: Data, programs, want: Checked | None, a
     best, timing, error, refused = "", None, None, ""
     for tiling in JAX_TILINGS:
         try:
-            program = programs["jax", tiling, sizes]
+            program = programs[f"jax {tiling}", sizes].result()
         except Exception as failure:  # a tiling may not compile: others do
             refused = one_line(failure)
             continue
@@ -829,24 +829,15 @@ def time_of(row: dict) -> float | None:
 def finish_row(row: dict, rows: list[dict], ceilings: Ceilings) -> dict:
     """Adds rates, the fraction of the read ceiling, and how many times faster than exact."""
     us = time_of(row)
-    row["tb_s"] = row["gb"] / us * 1e3 if us else None
-    row["fraction"] = row["tb_s"] / ceilings.read if us else None
+    speed = row["gb"] / us * 1e3 if us else None
+    row["tb_s"] = speed
+    row["fraction"] = speed / ceilings.read if speed else None
     # `layers` is part of `group` where a case asks for many.
     same = (r for r in rows if r["group"] == row["group"] and r["by"] == "jaxkv")
     exact = next((r for r in same if r["codec"] == "exact"), None)
-    row["x_exact"] = time_of(exact) / us if exact and us else None  # pyright: ignore
+    exact_us = time_of(exact) if exact else None
+    row["x_exact"] = exact_us / us if exact_us and us else None
     return row
-
-
-class Programs:
-    """Compiled programs by name and sizes; raises what compiling raised."""
-
-    def __init__(self, compiled: dict[tuple, concurrent.futures.Future]):
-        self.compiled = compiled
-
-    def __getitem__(self, name: tuple):
-        *first, sizes = name
-        return self.compiled[first[0] if len(first) == 1 else tuple(first), sizes].result()
 
 
 def measure(
@@ -854,13 +845,14 @@ def measure(
 ) -> Iterable[dict]:
     """Checks and times one case, then its peers: a row each."""
     sizes = problem.sizes
-    run, loops, empty = (programs[name, sizes] for name in ("attend", "loop", "empty"))
-    data, table = programs["data", sizes](jax.random.key(0)), jnp.asarray(problem.table)
+    program = lambda name: programs[name, sizes].result()
+    run, loops, empty, make = map(program, ("attend", "loop", "empty", "data"))
+    data, table = make(jax.random.key(0)), jnp.asarray(problem.table)
     timed = problem.spans(problem.lengths)
     layers = [jnp.asarray(layer, jnp.int32) for layer in range(sizes.layers)]
     want, error = None, None
     if args.check:
-        reference, random = programs["expected", sizes], problem.spans(problem.random_lengths())
+        reference, random = program("expected"), problem.spans(problem.random_lengths())
         want = Checked(*(reference(data, table, spans, layers[-1]) for spans in (timed, random)))
         pairs = zip((timed, random), want, strict=True)
         error = max(relative_error(run(data, table, s, layers[-1]), w) for s, w in pairs)
@@ -1006,9 +998,9 @@ def main(args: Args) -> int:
         f"{ceilings.read:.3f} TB/s ({ceilings.read_by}), copy {ceilings.copy:.3f} TB/s"
     )
     log.print(title)
-    programs = Programs(compile_all(program_jobs(problems, args, backend), log))
+    programs = compile_all(program_jobs(problems, args, backend), log)
     seconds = lambda: f"{time.perf_counter() - start:.0f} s"
-    log.print(f"compiled {len(programs.compiled)} programs at {seconds()}")
+    log.print(f"compiled {len(programs)} programs at {seconds()}")
     rows: list[dict] = []
     report = {
         "device": device,
