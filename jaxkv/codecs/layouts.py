@@ -2,6 +2,8 @@
 
 import functools
 
+import jax.numpy as jnp
+
 from jaxkv.codecs.codec import KVCodec
 from jaxkv.codecs.packing import PARTS
 from jaxkv.codecs.page_layout import PageLayout
@@ -15,7 +17,8 @@ def default_layout(
 ) -> PageLayout:
     """The layout for "cpu", "gpu" or "tpu".
 
-    GPUs get 32-bit words from head_dim 128 on where they fit, 16-bit ones otherwise, bytes last.
+    GPUs get 32-bit words of 4-bit codes from head_dim 128 on where they fit, 16-bit ones otherwise,
+    bytes last.
 
     Raises:
       ValueError: unknown platform, or a shape that the layout cannot hold.
@@ -29,6 +32,9 @@ def default_layout(
 
 
 def _gpu_word_bits(codec: KVCodec, head_dim: int) -> int:
-    widths = [w for t in (codec.key, codec.value) if t.bits < 8 for w in PARTS[t.bits]]
-    fits = lambda word_bits: all(head_dim * width % word_bits == 0 for width in widths)
-    return 32 if head_dim >= 128 and fits(32) else 16 if fits(16) else 8
+    packed = [t for t in (codec.key, codec.value) if t.codes_dtype in (jnp.uint8, jnp.int8)]
+    fits = lambda word_bits: all(
+        head_dim * width % word_bits == 0 for t in packed for width in PARTS[t.bits]
+    )
+    wide = head_dim >= 128 and all(t.bits == 4 for t in packed)
+    return 32 if wide and fits(32) else 16 if fits(16) else 8

@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from jaxkv.codecs.codec import Quantized
+from jaxkv.codecs.codec import Quantized, TensorCodec
 from jaxkv.codecs.packing import PARTS, check_packable, pack_planes, unpack_planes
 from jaxkv.codecs.page_layout import Arrays, PageLayout
 
@@ -14,16 +15,16 @@ from jaxkv.codecs.page_layout import Arrays, PageLayout
 class TokenMajor(PageLayout):
     """`[kv_heads, tokens, words]` for each of keys and values, in planes (`packing`).
 
-    Arrays are `k_codes`, `v_codes` (8-bit and exact codes unpacked, in their own dtype),
-    `k_high`, `v_high` (third bit of 3-bit codes), `k_factors`, `v_factors`
-    (`[factors, kv_heads, tokens]`; one dtype a tensor).
+    Arrays are `k_codes`, `v_codes` (float8 and exact codes unpacked, in their own dtype; 8-bit
+    integers too where words are bytes), `k_high`, `v_high` (third bit of 3-bit codes),
+    `k_factors`, `v_factors` (`[factors, kv_heads, tokens]`; one dtype a tensor).
     """
 
     word_bits: int = 8
 
     def __post_init__(self):
         for tensor in (self.codec.key, self.codec.value):
-            if tensor.bits in (2, 3, 4):
+            if self._packs(tensor):
                 check_packable(self.head_dim, tensor.bits, self.word_bits)
         self._check_waste()
 
@@ -32,7 +33,7 @@ class TokenMajor(PageLayout):
         rows = (self.kv_heads, self.page_size)
         arrays = {}
         for side, tensor in (("k", self.codec.key), ("v", self.codec.value)):
-            if tensor.bits in (2, 3, 4):
+            if self._packs(tensor):
                 for name, width in zip(("codes", "high"), PARTS[tensor.bits], strict=False):
                     words = self.head_dim * width // self.word_bits
                     dtype = jnp.dtype(f"uint{self.word_bits}")
@@ -44,6 +45,10 @@ class TokenMajor(PageLayout):
                 shape = (len(dtypes), *rows)
                 arrays[f"{side}_factors"] = jax.ShapeDtypeStruct(shape, dtypes[0])
         return arrays
+
+    def _packs(self, tensor: TensorCodec) -> bool:
+        integers = tensor.codes_dtype in (jnp.uint8, jnp.int8)
+        return integers and (tensor.bits < 8 or self.word_bits > 8)
 
     @property
     def token_axes(self) -> dict[str, int]:
@@ -63,8 +68,9 @@ class TokenMajor(PageLayout):
     def pack(self, key: Quantized, value: Quantized) -> Arrays:
         arrays = {}
         for side, tensor, record in (("k", self.codec.key, key), ("v", self.codec.value, value)):
-            if tensor.bits in (2, 3, 4):
-                words = pack_planes(record.codes, tensor.bits, self.word_bits)
+            if self._packs(tensor):
+                codes = _flip(record.codes, tensor, jnp.uint8)
+                words = pack_planes(codes, tensor.bits, self.word_bits)
             else:
                 words = (record.codes,)
             for name, word in zip(("codes", "high"), words, strict=False):
@@ -77,13 +83,22 @@ class TokenMajor(PageLayout):
         records = []
         for side, tensor in (("k", self.codec.key), ("v", self.codec.value)):
             codes = arrays[f"{side}_codes"]
-            if tensor.bits in (2, 3, 4):
+            if self._packs(tensor):
                 words = [
                     arrays[f"{side}_{n}"] for n in ("codes", "high")[: len(PARTS[tensor.bits])]
                 ]
-                codes = unpack_planes(tuple(words), tensor.bits)
+                codes = _flip(unpack_planes(tuple(words), tensor.bits), tensor, jnp.int8)
             factors = [
                 arrays[f"{side}_factors"][..., i, :, :] for i in range(len(tensor.factor_dtypes))
             ]
             records.append(Quantized(codes, tuple(factors)))
         return records[0], records[1]
+
+
+def _flip(codes: jax.Array, tensor: TensorCodec, dtype) -> jax.Array:
+    """Signed codes with their top bit flipped, so that words hold `code + 128`; others as is."""
+    if tensor.codes_dtype != jnp.int8:
+        return codes
+    return jax.lax.bitcast_convert_type(
+        jax.lax.bitcast_convert_type(codes, jnp.uint8) ^ np.uint8(128), dtype
+    )

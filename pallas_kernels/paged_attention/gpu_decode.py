@@ -66,13 +66,18 @@ class DecodeConfig:
     least_tokens: int = 256  # of an item
 
 
-# By the kind of the wider tensor's codes. Measured on an H100: NOTES.md.
-# Tuned at head_dim 128 (16-bit words where codes have 3 bits), page 64, group 4.
+# By the kind of codes and the head_dim, measured on an H100 with pages of 64 tokens: NOTES.md.
+# Groups of 4 at head_dim 128 (32-bit words of 4-bit codes, else 16-bit ones), of 8 at 64.
 CONFIGS = {
     "exact": DecodeConfig(),
+    "exact_64": DecodeConfig(block=128),
     "byte": DecodeConfig(warps=1, early_factors=True, wave=1056),
+    "byte_planes": DecodeConfig(mask_all=False, early_factors=True),
     "planes": DecodeConfig(
         warps=1, stages=2, transposed=True, mask_all=False, wave=1056, one_wave=True
+    ),
+    "planes_64": DecodeConfig(
+        block=128, warps=1, stages=2, transposed=True, mask_all=False, wave=1056, one_wave=True
     ),
     "three": DecodeConfig(
         warps=1, stages=3, transposed=True, mask_all=False, wave=1056, one_wave=True
@@ -80,13 +85,19 @@ CONFIGS = {
 }
 
 
-def choose_config(k: Reader, v: Reader, rows: int) -> DecodeConfig:
+def choose_config(k: Reader, v: Reader, rows: int, window: int | None = None) -> DecodeConfig:
     """Tile sizes for a pair of readers and `rows` query rows a kv head."""
-    if isinstance(k, PlanesReader) or isinstance(v, PlanesReader):
-        three = any(len(side.arrays) > 1 for side in (k, v))
-        config = CONFIGS["three" if three else "planes"]
-        return config if rows <= 16 else dataclasses.replace(config, warps=4)
-    return CONFIGS["exact" if k.arrays == ("k",) else "byte"]
+    small = "_64" if k.head_dim <= 64 else ""
+    if not isinstance(k, PlanesReader) and not isinstance(v, PlanesReader):
+        if k.arrays != ("k",):
+            return CONFIGS["byte"]
+        few_blocks = window is not None and window < 1024
+        return CONFIGS["exact" if rows > 16 or few_blocks else "exact" + small]
+    if isinstance(k, PlanesReader) and isinstance(v, PlanesReader) and k.width == v.width == 8:
+        return CONFIGS["byte_planes"]
+    three = any(len(side.arrays) > 1 for side in (k, v))
+    config = CONFIGS["three" if three else "planes" + small]
+    return config if rows <= 16 else dataclasses.replace(config, block=64, warps=4)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -147,12 +158,8 @@ def paged_attention(
     kv_heads, page_size = dims["kv_heads"], dims["page_size"]
     group = q_heads // kv_heads
     k, v, arrays, scales = _readers(pages, head_dim)
-    config = config or choose_config(k, v, group * q_tokens)
+    config = config or choose_config(k, v, group * q_tokens, window)
     _check(head_dim, page_size, group, q_tokens, arrays)
-    if scales[0] > 1:
-        raise NotImplementedError(
-            f"key factors={scales[0]}: keys with a zero point are not served."
-        )
 
     span = span_pages(
         q_start, kv_start, kv_stop, page_size=page_size, window=window, sink_tokens=sink_tokens
@@ -368,11 +375,12 @@ def _kernel(*args, names, case: Case, config: DecodeConfig):
     )
     offset = FLOAT16_OFFSET if case.v.dtype == "float16" else 0.0
     width = refs["table"].shape[1]
-    # What int8 operands are too large by enters each score as a share of its row's sum of q.
-    k_bias, v_bias = None, case.v.bias if case.asm else 0.0
-    if case.asm and case.k.bias:
-        total = sum(jnp.sum(x.astype(jnp.float32), axis=1) for x in q)
-        k_bias = axes.by_row(total * (case.k.bias / case.k.gains(True)[0]))
+    row_sum = None  # what a key's zero point is multiplied by
+    if case.k_factors > 1:
+        row_sum = axes.by_row(sum(jnp.sum(x.astype(jnp.float32), axis=1) for x in q))
+    k_gains = case.k.gains(case.asm)
+    # The dots' sum has one gain: what the others' differ by, a power of two, goes into q.
+    q = [x if g == k_gains[0] else x * (g / k_gains[0]) for x, g in zip(q, k_gains, strict=True)]
 
     # Tokens of the item's pages, counted from its first page; `length` of them lie in the span.
     base = item.start * page_size
@@ -429,19 +437,18 @@ def _kernel(*args, names, case: Case, config: DecodeConfig):
         if factors is None and config.early_factors:
             factors = load_factors(where)
         k_words, v_words = case.k.load(k_refs, where), case.v.load(v_refs, where)
-        # Operands of one dot share a gain with all others of the keys: folded into the factor.
-        k_gain = case.k.gains(case.asm)[0] * case.score_scale
+        k_gain = k_gains[0] * case.score_scale
         s = None
         for k_part, q_part in zip(case.k.operands(k_words, case.asm, k_shifts), q, strict=True):
             part = axes.scores(k_part, q_part)
             s = part if s is None else s + part
         k_factors, v_factors = load_factors(where) if factors is None else factors
-        if k_bias is not None:
-            s = s - k_bias
         if case.k_factors:
             s = s * axes.by_token(factor_value(k_factors[0]) * k_gain)
         elif k_gain != 1.0:
             s = s * k_gain
+        if row_sum is not None:
+            s = s + axes.by_token(factor_value(k_factors[1])) * row_sum
         if case.has_mean:
             s = s + _load_bias(refs["bias"], b, where, axes, rows)
         if case.soft_cap is not None:
@@ -457,9 +464,6 @@ def _kernel(*args, names, case: Case, config: DecodeConfig):
             p = jnp.where(ok, p, 0.0)
         l = l * shrink + jnp.sum(p, axis=axes.tokens)
         if case.v_factors:
-            if v_bias:
-                zero = axes.by_token(factor_value(v_factors[0]) * -v_bias)
-                zero_sum = zero_sum * shrink + jnp.sum(p * zero, axis=axes.tokens)
             if case.v_factors > 1:
                 zero = axes.by_token(factor_value(v_factors[1]))
                 zero_sum = zero_sum * shrink + jnp.sum(p * zero, axis=axes.tokens)
@@ -524,7 +528,7 @@ def _kernel(*args, names, case: Case, config: DecodeConfig):
         accs, case.v.gains(case.asm), _columns(case.v), strict=True
     ):
         acc = acc * gain
-        if case.v_factors > 1 or v_bias:
+        if case.v_factors > 1:
             acc = acc + axes.by_row(zero_sum)
         y = jnp.where(axes.by_row(seen), acc * axes.by_row(norm), 0.0)
         y = y.T if config.transposed else y
@@ -620,6 +624,8 @@ def _mean_kernel(*args, names, case: Case, rows: int):
         position = item.span.position(ordinal * case.page_size, case.page_size)
         slot = position // case.page_size % width
         page = plgpu.load(refs["table"].at[item.b, slot], mask=inside, other=0)
+        if refs["mean"].shape[1] == 1:  # one for all pages
+            page = jnp.zeros_like(page)
         s = jnp.zeros((MEAN_BLOCK, rows), jnp.float32)
         for q_part, (start, size) in zip(q, columns, strict=True):
             shape = (MEAN_BLOCK, size)

@@ -3,9 +3,9 @@
 A reader turns a block of tokens into operands `[tokens, columns]`, each a power of two of
 consecutive places in the reader's own order of dims (`dims`). Codes are unpacked in registers,
 two at a time in the halves of a 32-bit register, by inline PTX; on the CPU a jnp twin computes
-the same levels. A codebook is an odd polynomial of the centred code; a 4-bit table is looked up by
-PRMT, which beats the polynomial of degree 9 that it needs; uniform values are the codes' own bits,
-read as float16 subnormals.
+the same levels. A codebook is an odd polynomial of the centred code, or a table of 8 values that
+PRMT looks up four at a time: all levels of 3 bits, the positive ones of a 4-bit codebook that
+needs degree 9. Uniform values are the codes' own bits, read as float16 subnormals.
 """
 
 import dataclasses
@@ -39,7 +39,8 @@ class Levels:
     coefficients: tuple[float, ...] = ()
     step: float = 1.0
     gain: float = 1.0
-    magnitudes: tuple[float, ...] = ()  # of the 8 positive levels, for a lookup instead
+    # 8 values to look up instead: all of 3 bits, the positive half of 4 bits.
+    table: tuple[float, ...] = ()
 
     @property
     def centre(self) -> float:
@@ -56,25 +57,28 @@ def make_levels(codec: "TensorCodec", lookup: bool = True) -> Levels:
     if codebook is None:
         return Levels(codec.bits)
     half = 2 ** (codec.bits - 1)
+    all_levels = np.asarray(codebook.levels)
     step = {2: 0.25, 3: 0.125, 4: 1 / 32}[codec.bits]
     if len(codebook.polynomial) == 2:
         # b step^-3 (t^3 + c t): the factor goes into the gain, which saves a multiplication.
         a, b = codebook.polynomial
         gain = b / step**3
-        return Levels(codec.bits, (a / step / gain, 1.0), step, gain)
+        table = tuple(map(float, all_levels / gain)) if lookup and codec.bits == 3 else ()
+        return Levels(codec.bits, (a / step / gain, 1.0), step, gain, table)
     step = 1 / half
     if codebook.polynomial:
         scaled = [c / step ** (2 * i + 1) for i, c in enumerate(codebook.polynomial)]
         return Levels(codec.bits, tuple(scaled), step)
     if codec.bits == 4:
         table = tuple(codebook.levels[half:]) if lookup else ()
-        return Levels(4, LLOYD_MAX_4BIT, step, magnitudes=table)
+        return Levels(4, LLOYD_MAX_4BIT, step, table=table)
     if codec.bits > 4:
         raise NotImplementedError(f"codebook={codebook.name!r}, bits={codec.bits}: no polynomial.")
     t = (np.arange(half) + 0.5) * step
     powers = t[:, None] ** (2 * np.arange(half)[None] + 1)
     solved = np.linalg.solve(powers, np.asarray(codebook.levels[half:]))
-    return Levels(codec.bits, tuple(map(float, solved)), step)
+    table = tuple(map(float, all_levels)) if lookup and codec.bits == 3 else ()
+    return Levels(codec.bits, tuple(map(float, solved)), step, table=table)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,12 +174,7 @@ class WholeReader:
 
     def gains(self, asm: bool) -> tuple[float, ...]:
         """What each operand's values are still to be multiplied by."""
-        return (2.0**24 if asm and self.bias else 1.0,) * len(self.dims)
-
-    @property
-    def bias(self) -> float:
-        """What the PTX's operands, times their gain, are too large by."""
-        return float(INT8_BIAS) if self.stored == "int8" else 0.0
+        return (1.0,) * len(self.dims)
 
     def load(self, refs, where: Where) -> list[jax.Array]:
         return [where.load(refs[0], pl.ds(a, n)) for a, n in split_columns(self.head_dim)]
@@ -184,27 +183,25 @@ class WholeReader:
         """Nothing: whole values need none."""
 
     def operands(self, loaded, asm: bool, shifts=None) -> list[jax.Array]:
-        if asm and loaded[0].dtype == jnp.int8:
-            return [_asm(_INT8_ASM, (x,), "=r,=r,r", 4) for x in loaded]
         return [x.astype(self.dtype) for x in loaded]
 
 
 @dataclasses.dataclass(frozen=True)
 class PlanesReader:
-    """Reads 2-, 3- or 4-bit codes in planes (`jaxkv.codecs.packing`) of 16- or 32-bit words."""
+    """Reads 2-, 3-, 4- or 8-bit codes in planes (`jaxkv.codecs.packing`) of 16- or 32-bit words."""
 
     head_dim: int
     word_bits: int
     levels: Levels
     arrays: tuple[str, ...]
+    signed: bool = False  # 8 bits: a word holds code + 128
 
     dtype = "float16"
-    bias = 0.0
 
     @property
     def width(self) -> int:
         """Bits of a field of the first array."""
-        return 4 if self.levels.bits == 4 else 2
+        return 2 if self.levels.bits == 3 else self.levels.bits
 
     @property
     def words(self) -> int:
@@ -236,7 +233,7 @@ class PlanesReader:
 
     def gains(self, asm: bool) -> tuple[float, ...]:
         """What each operand's values are still to be multiplied by."""
-        if self.levels.coefficients or not asm:
+        if self.levels.coefficients or self.signed or not asm:
             return (self.levels.gain,) * len(self.fields)
         return tuple(
             2.0 ** (24 - _place(_nibble(bit % 16, self.levels), self.levels)[1])
@@ -275,7 +272,7 @@ class PlanesReader:
 
     def operands(self, loaded, asm: bool, shifts=None) -> list[jax.Array]:
         """Float16 values of each operand; `shifts` as `load_shifts` gives them."""
-        if asm and self.levels.magnitudes:
+        if asm and self.levels.table and self.levels.bits == 4:
             return self._look_up(loaded)
         align = self._align_asm if asm else self._align
         tiles = [align(words, i, shifts[i]) for i, words in enumerate(loaded)]
@@ -286,13 +283,22 @@ class PlanesReader:
         ]
         return [
             _asm(
-                _planes_asm(self.levels, self.word_bits, _nibble(bit, self.levels)),
+                self._text(bit),
                 (words[odd],),
                 "=r,r,r" if self.word_bits == 32 else "=r,r",
                 2,
             )
             for words, odd, bit in fields
         ]
+
+    def _text(self, bit: int) -> str:
+        """PTX of one pair of the field at `bit`."""
+        if self.levels.bits == 8:
+            return _bytes_asm(self.word_bits, bit, self.signed)
+        bit = _nibble(bit, self.levels)
+        if self.levels.table:
+            return _lookup3_asm(self.levels.table, self.word_bits, bit // 4)
+        return _planes_asm(self.levels, self.word_bits, bit)
 
     def _look_up(self, loaded):
         """Looks magnitudes up: a nibble of `index` is the place among the positive levels."""
@@ -302,7 +308,7 @@ class PlanesReader:
         constraints = ",".join(["=r", *["r"] * (2 * per_pair)])
         return [
             _asm(
-                _lookup_asm(self.levels.magnitudes, self.word_bits, bit // 4),
+                _lookup_asm(self.levels.table, self.word_bits, bit // 4),
                 (index[i], *loaded[i]),
                 constraints,
                 2,
@@ -355,13 +361,14 @@ class PlanesReader:
             code = code + 4 * (words[1] >> np.asarray(bit, words[1].dtype) & one).astype(jnp.int32)
         code = code.astype(jnp.float32)
         if not self.levels.coefficients:
-            return code.astype(jnp.float16)
-        if self.levels.magnitudes:
-            index = jnp.abs(code - 7.5) - 0.5
+            return (code - (128 if self.signed else 0)).astype(jnp.float16)
+        if self.levels.table:
+            index = jnp.abs(code - 7.5) - 0.5 if self.levels.bits == 4 else code
             value = jnp.zeros_like(code)
-            for i, level in enumerate(self.levels.magnitudes):
+            for i, level in enumerate(self.levels.table):
                 value = jnp.where(index == i, level, value)
-            return jnp.where(code < 8, -value, value).astype(jnp.float16)
+            negative = (code < 8) & (self.levels.bits == 4)
+            return jnp.where(negative, -value, value).astype(jnp.float16)
         half = lambda x: x.astype(jnp.float16).astype(jnp.float32)
         t = half((code - self.levels.centre) * self.levels.step)
         *rest, value = (float(np.float16(c)) for c in self.levels.coefficients)
@@ -394,16 +401,16 @@ def coded_reader(side: str, codec: "TensorCodec", head_dim: int, arrays: dict) -
     if codec.bits not in (2, 3, 4):
         exact = codes.dtype in (jnp.bfloat16, jnp.float16, jnp.float32)
         dtype = str(codes.dtype) if exact else "float16"
-        if codes.dtype == jnp.uint8:
-            raise NotImplementedError(f"{side} bits=8 min-max codes: not served by the GPU kernel.")
-        return WholeReader(head_dim, dtype, str(codes.dtype), (f"{side}_codes",))
+        if codes.dtype not in (jnp.uint16, jnp.uint32):
+            return WholeReader(head_dim, dtype, str(codes.dtype), (f"{side}_codes",))
     word_bits = 8 * codes.dtype.itemsize
     if word_bits == 8:
         raise NotImplementedError(f"{word_bits=}: the GPU kernel reads words of 16 or 32 bits.")
     names = (f"{side}_codes", f"{side}_high")[: 2 if codec.bits == 3 else 1]
-    # A lookup takes words that are 16 or more columns by themselves.
-    lookup = head_dim * 4 // word_bits % LEAST_COLUMNS == 0
-    return PlanesReader(head_dim, word_bits, make_levels(codec, lookup), names)
+    # A lookup of 4 bits takes words that are 16 or more columns by themselves.
+    lookup = codec.bits == 3 or head_dim * 4 // word_bits % LEAST_COLUMNS == 0
+    signed = codec.bits == 8 and codec.codes_dtype == jnp.int8
+    return PlanesReader(head_dim, word_bits, make_levels(codec, lookup), names, signed)
 
 
 def exp2(x: jax.Array, asm: bool) -> jax.Array:
@@ -418,17 +425,6 @@ def exp2(x: jax.Array, asm: bool) -> jax.Array:
         result_shape_dtypes=[jax.ShapeDtypeStruct(x.shape, jnp.float32)],
     )
     return y
-
-
-# Bytes as the low bits of float16 subnormals: (code + 128) * 2^-24.
-INT8_BIAS = 128
-_INT8_ASM = """{
-.reg .b32 t, z;
-xor.b32 t, $2, 0x80808080;
-mov.b32 z, 0;
-prmt.b32 $0, t, z, 0x4140;
-prmt.b32 $1, t, z, 0x4342;
-}"""
 
 
 def _rem(x, n):
@@ -558,6 +554,53 @@ def _lookup_asm(magnitudes: tuple[float, ...], word_bits: int, plane: int) -> st
         "lop3.b32 $0, l, s, 0x80008000, 0xd2;",  # a ^ (~b & c): codes from 8 are positive
     ]
     return "{\n" + "\n".join(lines) + "\n}"
+
+
+@functools.cache
+def _lookup3_asm(table: tuple[float, ...], word_bits: int, plane: int) -> str:
+    """PTX of one pair of a 3-bit table; arguments: a pair of words of nibbles below 8.
+
+    PRMT picks four bytes of eight by nibbles: low and high bytes of two planes of both words.
+    """
+    half = np.asarray(table, np.float16).view(np.uint16)
+    word = lambda part: "0x" + "".join(f"{int(b):02x}" for b in reversed(part))
+    low, high = half & 255, half >> 8
+    byte = plane // 2
+    if word_bits == 32:
+        pick = f"prmt.b32 i, $1, $2, 0x00{4 + byte}{byte};"
+    else:
+        pick = f"prmt.b32 i, $1, $1, 0x00{2 + byte}{byte};"
+    lines = [
+        ".reg .b32 i, l, h, a, b;",
+        pick,
+        "and.b32 i, i, 0x7777;",
+        f"mov.b32 a, {word(low[:4])};",
+        f"mov.b32 b, {word(low[4:])};",
+        "prmt.b32 l, a, b, i;",
+        f"mov.b32 a, {word(high[:4])};",
+        f"mov.b32 b, {word(high[4:])};",
+        "prmt.b32 h, a, b, i;",
+        f"prmt.b32 $0, l, h, {'0x6240' if plane % 2 == 0 else '0x7351'};",
+    ]
+    return "{\n" + "\n".join(lines) + "\n}"
+
+
+@functools.cache
+def _bytes_asm(word_bits: int, bit: int, signed: bool) -> str:
+    """PTX of one pair of bytes, byte `bit / 8` of a pair of words: code * 2^-24, or signed ones.
+
+    Unsigned bytes are float16 subnormals, signed ones become 1024 + code + 128 first.
+    """
+    byte, exponent = bit // 8, "0x64646464" if signed else "0x00000000"
+    lines = [".reg .b32 t, e;", f"mov.b32 e, {exponent};"]
+    if word_bits == 32:
+        lines.append(f"prmt.b32 t, $1, $2, 0x0{4 + byte}0{byte};")
+        lines.append("lop3.b32 t, t, 0x00ff00ff, e, 0xe2;")  # (a & b) | (c & ~b)
+    else:
+        lines.append(f"prmt.b32 t, $1, e, {'0x4240' if byte == 0 else '0x4341'};")
+    if signed:
+        lines += [f"mov.b32 e, {_half(-1152.0)};", "add.rn.f16x2 t, t, e;"]
+    return "{\n" + "\n".join([*lines, "mov.b32 $0, t;"]) + "\n}"
 
 
 def _shift(name: str, right: int) -> list[str]:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from jaxkv.codecs import get_codec
-from jaxkv.codecs.affine import MinMax
+from jaxkv.codecs.affine import Int8, MinMax
 from jaxkv.codecs.codebooks import get_codebook
 from jaxkv.codecs.codec import KVCodec, page_mean
 from jaxkv.codecs.packing import pack_planes
@@ -281,6 +281,8 @@ CODECS = {
 } | {
     "quintic_v2": own(TurboQuant(codebook="quintic"), MinMax(2)),
     "lloyd2_lloyd4": own(LLOYD(bits=2), LLOYD(bits=4)),
+    "minmax4_minmax8": own(MinMax(4), MinMax(8)),
+    "minmax3_int8": own(MinMax(3), Int8()),
 }
 
 
@@ -292,8 +294,23 @@ def test_codecs_equal_dense(codec, interpret):
     assert_close(got, case.dense(**options), TOLERANCE["coded"])
 
 
+def test_one_mean_serves_all_pages(interpret):
+    case = make_case(get_codec("tq4"), lengths=(1, 150))
+    shape = case.pages.key_mean.shape
+    rng = np.random.default_rng(1)
+    one = jnp.asarray(rng.standard_normal((LAYERS, 1, *shape[2:])), jnp.float16)
+    means = (one, jnp.broadcast_to(one, shape))
+    got, want = (
+        dataclasses.replace(case, pages=dataclasses.replace(case.pages, key_mean=x)).attend(
+            interpret=interpret
+        )
+        for x in means
+    )
+    np.testing.assert_array_equal(got[0], want[0])
+
+
 @pytest.mark.parametrize("word_bits", [16, 32])
-@pytest.mark.parametrize("name", ["4bit_nc", "tq4", "tq3", "tq2"])
+@pytest.mark.parametrize("name", ["int8", "4bit_nc", "tq4", "tq3", "tq2"])
 def test_word_sizes_at_128(name, word_bits, interpret):
     case = make_case(
         get_codec(name),
@@ -303,6 +320,12 @@ def test_word_sizes_at_128(name, word_bits, interpret):
         word_bits=word_bits,
         q_lens=(2, 1),
     )
+    assert_close(case.attend(interpret=interpret), case.dense(), TOLERANCE["coded"])
+
+
+@pytest.mark.parametrize("codec", [get_codec("int8"), own(Int8(), MinMax(8))], ids=["u8", "i8"])
+def test_bytes_that_are_not_packed(codec, interpret):
+    case = make_case(codec, lengths=(1, 33, 130), q_lens=(1, 1, 0), word_bits=8)
     assert_close(case.attend(interpret=interpret), case.dense(), TOLERANCE["coded"])
 
 
@@ -401,6 +424,8 @@ def run_ptx(text, inputs, registers=False):
         elif op == "fma.rn.f16x2":
             a, b, c = map(halves, args)
             value = packed(a * b + c)
+        elif op == "add.rn.f16x2":
+            value = packed(halves(args[0]) + halves(args[1]))
         elif op == "mul.rn.f16x2":
             value = packed(halves(args[0]) * halves(args[1]))
         else:
@@ -413,7 +438,8 @@ TENSORS = {
     "lloyd2": LLOYD(bits=2), "lloyd3": LLOYD(bits=3), "lloyd4": LLOYD(bits=4),
     "cubic2": TurboQuant(bits=2), "cubic3": TurboQuant(bits=3), "cubic4": TurboQuant(bits=4),
     "quintic4": TurboQuant(codebook="quintic"),
-    "minmax2": MinMax(2), "minmax3": MinMax(3), "minmax4": MinMax(4),
+    "minmax2": MinMax(2), "minmax3": MinMax(3), "minmax4": MinMax(4), "minmax8": MinMax(8),
+    "int8": Int8(),
 }  # fmt: skip
 
 
@@ -424,7 +450,7 @@ def test_ptx_unpacks_what_was_packed(codec, head_dim, word_bits):
     """The PTX itself, not its twin, on the words that the layout packs."""
     rng = np.random.default_rng(0)
     tokens = 64
-    codes = rng.integers(0, 2**codec.bits, (tokens, head_dim)).astype(np.uint8)
+    codes = rng.integers(0, 2**codec.bits, (tokens, head_dim)).astype(np.uint8)  # int8: + 128
     packed = [np.asarray(x) for x in pack_planes(jnp.asarray(codes), codec.bits, word_bits)]
     names = [f"k_{x}" for x in ("codes", "high")[: len(packed)]]
     reader = gpu_dequant.coded_reader("k", codec, head_dim, dict(zip(names, packed, strict=True)))
@@ -452,13 +478,12 @@ def test_ptx_unpacks_what_was_packed(codec, head_dim, word_bits):
         else:
             [aligned] = words
         inputs = [aligned] if word_bits == 16 else [aligned[::2], aligned[1::2]]
-        if reader.levels.magnitudes:
+        if reader.levels.table and codec.bits == 4:
             index = [run_ptx(gpu_dequant._INDEX_ASM, [w], registers=True) for w in inputs]
-            text = gpu_dequant._lookup_asm(reader.levels.magnitudes, word_bits, bit // 4)
+            text = gpu_dequant._lookup_asm(reader.levels.table, word_bits, bit // 4)
             got[:, dims] = run_ptx(text, [*index, *inputs]).reshape(tokens, -1)
             continue
-        place = gpu_dequant._nibble(bit, reader.levels)
-        text = gpu_dequant._planes_asm(reader.levels, word_bits, place)
-        got[:, dims] = gain * run_ptx(text, inputs).reshape(tokens, -1)
-    want = np.asarray(codec.code_values(jnp.asarray(codes)))
+        got[:, dims] = gain * run_ptx(reader._text(bit), inputs).reshape(tokens, -1)
+    signed = codec.codes_dtype == jnp.int8
+    want = codes - 128.0 if signed else np.asarray(codec.code_values(jnp.asarray(codes)))
     np.testing.assert_allclose(got, want, atol=4e-3 if codec.rotated else 0)

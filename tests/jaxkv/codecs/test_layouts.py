@@ -95,7 +95,8 @@ def test_gpu_words_are_chosen_by_head_dim():
     )
     assert layout(128).arrays["k_codes"] == jax.ShapeDtypeStruct((8, 64, 16), jnp.uint32)
     assert layout(64).arrays["k_codes"] == jax.ShapeDtypeStruct((8, 64, 16), jnp.uint16)
-    assert layout(128, "tq3").arrays["k_high"] == jax.ShapeDtypeStruct((8, 64, 4), jnp.uint32)
+    assert layout(128, "tq3").arrays["k_high"] == jax.ShapeDtypeStruct((8, 64, 8), jnp.uint16)
+    assert layout(128, "int8").arrays["v_codes"] == jax.ShapeDtypeStruct((8, 64, 64), jnp.uint16)
     assert layout(112, "tq3").arrays["v_high"] == jax.ShapeDtypeStruct((8, 64, 7), jnp.uint16)
 
 
