@@ -52,7 +52,7 @@ class GroupReport:
                 kept += f", newest {self.recent_pages} and first {self.exact_sink_pages} pages "
                 kept += f"{self.dtype}"
         note = f" ({self.note})" if self.note else ""
-        attention = self.attention
+        attention = str(self.attention)
         if self.prefill != self.attention:
             attention += f" (prefill {self.prefill})"
         backends = f"attention {attention}, write {self.write}"
@@ -115,16 +115,9 @@ def _serving(state: GroupState, backend: Backend | None, *, q_tokens: int, platf
 
     How many query heads share a kv head is the model's affair: one is assumed.
     """
-    return [
-        choose(
-            backend,
-            store.pages,
-            q_tokens=q_tokens,
-            q_heads=store.pages.dims["kv_heads"],
-            platform=platform,
-        )
-        for store in state.stores
-    ][-1]
+    pages = state.stores[-1].pages
+    heads = pages.dims["kv_heads"]
+    return choose(backend, pages, q_tokens=q_tokens, q_heads=heads, platform=platform)
 
 
 def _note(config: CacheConfig, group: LayerGroup) -> str:

@@ -201,7 +201,7 @@ def main(args: Args) -> int:
             holder[0], out, _ = run(model, holder[0], *draw(batch))
             return out
 
-        parts = dict.fromkeys(("attention", "weights", "rest"), 0.0)
+        parts: dict[str, float] = dict.fromkeys(("attention", "weights", "rest"), 0.0)
         for name, times in device_times([once]).items():
             parts[kind(name)] += sum(times) / args.steps
         del state, cache, holder

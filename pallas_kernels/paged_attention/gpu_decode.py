@@ -8,6 +8,7 @@ never dequantized one by one. Blocks that all rows see whole carry no mask.
 
 import dataclasses
 import functools
+import operator
 
 import jax
 import jax.numpy as jnp
@@ -438,10 +439,9 @@ def _kernel(*args, names, case: Case, config: DecodeConfig):
             factors = load_factors(where)
         k_words, v_words = case.k.load(k_refs, where), case.v.load(v_refs, where)
         k_gain = k_gains[0] * case.score_scale
-        s = None
-        for k_part, q_part in zip(case.k.operands(k_words, case.asm, k_shifts), q, strict=True):
-            part = axes.scores(k_part, q_part)
-            s = part if s is None else s + part
+        operands = case.k.operands(k_words, case.asm, k_shifts)
+        # Lazily, each dot beside its addition: Triton's registers hang on the order.
+        s = functools.reduce(operator.add, map(axes.scores, operands, q))
         k_factors, v_factors = load_factors(where) if factors is None else factors
         if case.k_factors:
             s = s * axes.by_token(factor_value(k_factors[0]) * k_gain)

@@ -274,6 +274,7 @@ class PlanesReader:
         """Float16 values of each operand; `shifts` as `load_shifts` gives them."""
         if asm and self.levels.table and self.levels.bits == 4:
             return self._look_up(loaded)
+        assert shifts is not None
         align = self._align_asm if asm else self._align
         tiles = [align(words, i, shifts[i]) for i, words in enumerate(loaded)]
         if not asm:
@@ -333,7 +334,7 @@ class PlanesReader:
             for word, shift in zip(words, shifts, strict=True)
         )
 
-    def _align_asm(self, words, i, shifts):
+    def _align_asm(self, words, i, shifts: list[Any]):
         """The same by PTX; 3-bit codes are put into nibbles, even and odd fields apart."""
         pairs = self.shifts[i].reshape(len(words), -1, 2)
         if self.word_bits == 16 and np.any(pairs[:, :, 0] != pairs[:, :, 1]):

@@ -31,7 +31,7 @@ class SpanPages(NamedTuple):
     def position(self, token: jax.Array, page_size: int) -> jax.Array:
         """Position of the `token`-th token of the ordinals' pages."""
         shift = self.first * page_size
-        if self.gap is not None:
+        if self.gap is not None and self.head is not None:
             shift = shift + jnp.where(token >= self.head * page_size, self.gap * page_size, 0)
         return token + shift
 
