@@ -14,7 +14,6 @@ import importlib
 import json
 import os
 import sys
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable
@@ -38,6 +37,7 @@ from pallas_kernels.paged_attention import BACKENDS, paged_attention
 from pallas_kernels.pages import CodedPages, ExactPages, Pages
 from pallas_kernels.quantize_pages.xla import quantize_page
 from scripts.command import keep_compiled_programs, run_command
+from scripts.device_time import device_kernels
 from scripts.plan import GIB, make_table
 
 MAX_ERROR = 3e-3  # relative L2 to the float32 reference on the same stored values
@@ -500,29 +500,6 @@ class Timing(NamedTuple):
     us_max: float
     all_us: float | None = None
     kernels: dict[str, float] | None = None  # mean by name
-
-
-def device_kernels(calls: list[Callable]) -> list[tuple[float, str, float]]:
-    """Start, name and microseconds of every kernel that the calls ran, in order.
-
-    Empty where the profiler sees no GPU.
-    """
-    options = jax.profiler.ProfileOptions()
-    options.python_tracer_level = 0
-    with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder, profiler_options=options):
-            jax.block_until_ready([call() for call in calls][-1])
-        [path] = Path(folder).rglob("*.xplane.pb")
-        planes = jax.profiler.ProfileData.from_file(str(path)).planes
-        kernels = [
-            (event.start_ns, event.name, event.duration_ns / 1e3)
-            for plane in planes
-            if plane.name.startswith("/device:GPU")
-            for line in plane.lines
-            if line.name.startswith("Stream")
-            for event in line.events
-        ]
-    return sorted(kernels)
 
 
 def device_time(calls: list[Callable]) -> Timing | None:

@@ -28,7 +28,7 @@ from jaxkv.codecs import get_codec
 from jaxkv.generation import decode_block, start
 from models.rope import make_rope
 from scripts.command import run_command
-from scripts.device_time import device_times
+from scripts.device_time import device_kernels
 from scripts.plan import make_table
 
 Names = Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="NAME")]
@@ -202,8 +202,8 @@ def main(args: Args) -> int:
             return out
 
         parts: dict[str, float] = dict.fromkeys(("attention", "weights", "rest"), 0.0)
-        for name, times in device_times([once]).items():
-            parts[kind(name)] += sum(times) / args.steps
+        for _, name, us in device_kernels([once]):
+            parts[kind(name)] += us / args.steps
         del state, cache, holder
         abstract = jax.eval_shape(lambda c=cache_config: jaxkv.KVCache.create(c))
         body = [s.body or s.exact for s in abstract.groups]

@@ -1,29 +1,30 @@
 """Times of a GPU's kernels, by JAX's profiler."""
 
 import tempfile
-from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
 
 
-def device_times(calls: Iterable[Callable]) -> dict[str, list[float]]:
-    """Microseconds of every kernel that `calls` run, by name, in order; empty without a GPU.
+def device_kernels(calls: list[Callable]) -> list[tuple[float, str, float]]:
+    """Start, name and microseconds of every kernel that the calls ran, in order.
 
-    What a call returns must become ready when its kernels are done.
+    Empty where the profiler sees no GPU.
     """
-    times = defaultdict(list)
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = 0
     with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder):
-            for call in calls:
-                jax.block_until_ready(call())
-        for path in Path(folder).rglob("*.xplane.pb"):
-            for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
-                if not plane.name.startswith("/device:GPU"):
-                    continue
-                for line in plane.lines:
-                    if line.name.startswith("Stream"):
-                        for event in line.events:
-                            times[event.name].append(event.duration_ns / 1e3)
-    return dict(times)
+        with jax.profiler.trace(folder, profiler_options=options):
+            jax.block_until_ready([call() for call in calls][-1])
+        [path] = Path(folder).rglob("*.xplane.pb")
+        planes = jax.profiler.ProfileData.from_file(str(path)).planes
+        kernels = [
+            (event.start_ns, event.name, event.duration_ns / 1e3)
+            for plane in planes
+            if plane.name.startswith("/device:GPU")
+            for line in plane.lines
+            if line.name.startswith("Stream")
+            for event in line.events
+        ]
+    return sorted(kernels)

@@ -67,7 +67,8 @@ class DecodeConfig:
     least_tokens: int = 256  # of an item
 
 
-# By the kind of codes and the head_dim, measured on an H100 with pages of 64 tokens: NOTES.md.
+# By the kind of codes and the head_dim, measured on an H100 with pages of 64 tokens:
+# docs/gpu_tuning.md.
 # Groups of 4 at head_dim 128 (32-bit words of 4-bit codes, else 16-bit ones), of 8 at 64.
 CONFIGS = {
     "exact": DecodeConfig(),
