@@ -110,6 +110,7 @@ def test_a_window_within_the_recent_pages_is_exact():
     drive(twin)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("window", [None, 27, 45])
 def test_any_chunking_gives_the_same(window, seed):

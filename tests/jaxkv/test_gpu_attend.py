@@ -45,6 +45,7 @@ def kernels(request):
     jax.clear_caches()  # what was traced interpreted must not be called outside
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_the_gpu_backend_through_the_cache(case, kernels):
     case = dict(case)

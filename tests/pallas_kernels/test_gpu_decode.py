@@ -226,6 +226,7 @@ def test_exact_pages_equal_dense(make, options, config, interpret):
     assert_close(got, case.dense(**options), TOLERANCE["bfloat16"])
 
 
+@pytest.mark.slow
 def test_many_rows(interpret):
     """More rows than one warp takes: a group of 7 and 4 drafts."""
     shape = dict(lengths=(4, 70), q_lens=(4, 3), group=7, kv_heads=1)
@@ -351,7 +352,7 @@ def test_polynomials_pass_through_the_levels(bits, name):
 
 def test_items_cover_every_page_once_and_are_even():
     rng = np.random.default_rng(0)
-    for _ in range(20):
+    for _ in range(6):
         pages = rng.integers(0, 90, rng.integers(1, 40)) * rng.integers(0, 2)
         sizes = dict(
             wanted=int(rng.integers(1, 50)),
