@@ -3,6 +3,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+# Test processes. XLA's compiler keeps a core and a half busy by itself.
+JOBS ?= 2
 PEERS ?=
 PROMPT ?= Tell me a short story about a lighthouse keeper and a whale.
 export PROMPT
@@ -17,14 +19,14 @@ PIP := $(PY) -m pip --disable-pip-version-check -q -q
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s %s\n", $$1, $$2 }' Makefile
-	@echo "  variables: PYTHON=$(PYTHON) VENV=$(VENV) ARGS=\"more arguments\" PROMPT=\"...\" PEERS=1"
+	@echo "  variables: PYTHON=$(PYTHON) VENV=$(VENV) ARGS=\"more arguments\" JOBS=2 PROMPT=\"...\" PEERS=1"
 
 demo: $(VENV)/.demo ## stream a story from SmolLM2-135M on the CPU (98 MB, fetched once)
 	@$(PY) scripts/generate.py --model smollm2 --chat --prompt "$$PROMPT" \
 		--max-tokens 200 --temperature 0.7 --seed 7 $(ARGS)
 
 test: $(VENV)/.test ## run the tests; ARGS="-m 'not slow'" leaves out the slow ones
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 bench: $(VENV)/.demo $(if $(PEERS),$(VENV)/.bench) ## measure generation; PEERS=1 installs torch, transformers, llama.cpp
 	$(PY) scripts/bench_generate.py $(ARGS)
