@@ -13,6 +13,7 @@ from jaxkv.store import GroupState
 from pallas_kernels import quantize_pages, write_pages
 from pallas_kernels.backends import Backend, choose_backend
 from pallas_kernels.paged_attention import choose
+from pallas_kernels.pages import CodedPages
 
 PREFILL_TOKENS = 64  # stands for a chunk of a prompt
 
@@ -81,7 +82,6 @@ def explain(
     config = dataclasses.replace(config, platform=platform or config.platform).checked()
     platform = config.platform
     write = choose_backend("write_pages", None, write_pages.BACKENDS, platform)
-    quantize = choose_backend("quantize_pages", None, quantize_pages.BACKENDS, platform)
     means = [jnp.zeros((spec.kv_heads, spec.head_dim)) for spec in config.layers]
     abstract = jax.eval_shape(lambda: KVCache.create(config, key_means=means))
     serving = functools.partial(_serving, platform=platform)
@@ -102,7 +102,7 @@ def explain(
             attention=serving(state, backend, q_tokens=1),
             prefill=serving(state, None if backend == "gpu" else backend, q_tokens=PREFILL_TOKENS),
             write=write,
-            quantize=None if group.body is None else quantize,
+            quantize=_quantizing(state, platform),
         )
         for group, state, size in zip(
             config.groups, abstract.groups, plan(config).groups, strict=True
@@ -118,6 +118,13 @@ def _serving(state: GroupState, backend: Backend | None, *, q_tokens: int, platf
     pages = state.stores[-1].pages
     heads = pages.dims["kv_heads"]
     return choose(backend, pages, q_tokens=q_tokens, q_heads=heads, platform=platform)
+
+
+def _quantizing(state: GroupState, platform: str) -> Backend | None:
+    """Who turns exact pages into codes; None where tokens are coded as they are written."""
+    if state.body is None or not isinstance(state.body.pages, CodedPages):
+        return None
+    return quantize_pages.choose(None, state.body.pages, platform=platform)
 
 
 def _note(config: CacheConfig, group: LayerGroup) -> str:

@@ -7,6 +7,7 @@ Input that is not finite: NaN counts as 0 and +-inf as +-1e30 in its own token, 
 saturates; the token dequantizes to finite values and no other token changes.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
 
@@ -14,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxkv.codecs.factors import FLOAT16_MAX, load_factor
+from jaxkv.codecs.factors import FLOAT16_MAX, load_factor, round_to_float16
 
 INPUT_MAX = 1e30  # sums of squares of the ratio to it stay far from overflow
 SMALLEST = 1e-30  # a vector below it in every channel counts as zero: its factor would be, too
@@ -168,17 +169,22 @@ class KVCodec:
         """False iff both tensors are kept exactly."""
         return not (isinstance(self.key, Exact) and isinstance(self.value, Exact))
 
-    def key_page_mean(self, keys: jax.Array) -> jax.Array:
+    def key_page_mean(
+        self, keys: jax.Array, rotate: Callable[[jax.Array], jax.Array] | None = None
+    ) -> jax.Array:
         """Mean of a page's keys, `stored_mean` of `[..., page_size, head_dim]` over the page."""
-        return self.stored_mean(page_mean(keys, axis=-2))
+        return self.stored_mean(page_mean(keys, axis=-2), rotate)
 
-    def stored_mean(self, mean: jax.Array) -> jax.Array:
+    def stored_mean(
+        self, mean: jax.Array, rotate: Callable[[jax.Array], jax.Array] | None = None
+    ) -> jax.Array:
         """A mean of keys, `[..., head_dim]`, in the space of the codes: `f16[..., head_dim]`.
 
         Rotated once when it is written, so that reading needs the rotated query alone.
+        `rotate` stands in for the key codec's own, for kernels that hold its matrix.
         """
-        mean = self.key.rotate(mean)
-        return jnp.clip(mean, -FLOAT16_MAX, FLOAT16_MAX).astype(_MEAN_DTYPE)
+        mean = (rotate or self.key.rotate)(mean)
+        return round_to_float16(mean).astype(_MEAN_DTYPE)
 
     def page_bytes(self, head_dim: int, page_size: int) -> int:
         """Stored bytes of one page and kv head: keys, values and the page's mean."""
@@ -204,11 +210,12 @@ def page_mean(x: jax.Array, axis: int, valid: jax.Array | None = None) -> jax.Ar
     """
     x = x.astype(jnp.float32)
     axis = axis % x.ndim
-    good = jnp.all(jnp.abs(x) <= FLOAT16_MAX, axis=-1)  # False for NaN
+    bad = jnp.where(jnp.abs(x) <= FLOAT16_MAX, 0.0, 1.0)  # 1 for NaN
+    good = jnp.max(bad, axis=-1) == 0
     good = good if valid is None else good & valid
     total = jnp.sum(jnp.where(good[..., None], x, 0), axis=axis)
     count = jnp.sum(good.astype(jnp.float32), axis=axis)[..., None]
-    return (total / jnp.maximum(count, 1)).astype(_MEAN_DTYPE)
+    return round_to_float16(total / jnp.maximum(count, 1)).astype(_MEAN_DTYPE)
 
 
 def finite_input(x: jax.Array, mean: jax.Array | None = None) -> jax.Array:

@@ -21,11 +21,26 @@ def store_factor(factor: jax.Array, kind: str = "float16") -> jax.Array:
       factor: `f32[...]`; not negative for "ue5m3".
       kind: "float16" or "ue5m3" (stored as uint8).
     """
-    half = jnp.clip(factor, -FLOAT16_MAX, FLOAT16_MAX).astype(jnp.float16)
+    half = round_to_float16(factor).astype(jnp.float16)
     if kind == "float16":
         return half
     bits = jax.lax.bitcast_convert_type(half, jnp.uint16)
     return jnp.minimum((bits + np.uint16(64)) >> 7, np.uint16(_UE5M3_MAX)).astype(jnp.uint8)
+
+
+def round_to_float16(x: jax.Array) -> jax.Array:
+    """`f32` values rounded to float16's 11 bits, nearest and ties to even, saturating at its range.
+
+    By bits: a compiler that may keep excess precision (XLA on GPUs) drops the rounding of a cast
+    to float16 and back, and codes would be chosen against a factor that is not the stored one.
+    Magnitudes below 2^-14, where float16 has fewer bits, keep theirs.
+    """
+    x = jnp.clip(x, -FLOAT16_MAX, FLOAT16_MAX)
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    odd = (bits >> 13) & np.uint32(1)
+    rounded = (bits + np.uint32(0xFFF) + odd) & np.uint32(0xFFFFE000)
+    rounded = jax.lax.bitcast_convert_type(rounded, jnp.float32)
+    return jnp.where(jnp.abs(x) < 2.0**-14, x, rounded)
 
 
 def load_factor(stored: jax.Array) -> jax.Array:

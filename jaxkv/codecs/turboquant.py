@@ -5,6 +5,7 @@ optional signs before the transform, and optional search of the codes. Reading i
 `factor * level`; nothing is renormalised.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -40,6 +41,7 @@ class TurboQuant(TensorCodec):
     """
 
     rotated: ClassVar[bool] = True
+    pre_scales: ClassVar[tuple[float, ...]] = PRE_SCALES  # what `search` tries
 
     bits: int = 4  # pyright: ignore[reportIncompatibleMethodOverride]
     codebook: str = "cubic"
@@ -69,6 +71,18 @@ class TurboQuant(TensorCodec):
         return self.mean
 
     def quantize(self, x: jax.Array, mean: jax.Array | None = None) -> Quantized:
+        z, length = self.normalize(x, mean, self.rotate)
+        codes = self.nearest_codes(z)
+        return Quantized(codes, (self.stored_factor(z, codes, length),))
+
+    def normalize(
+        self, x: jax.Array, mean: jax.Array | None, rotate: Callable[[jax.Array], jax.Array]
+    ) -> tuple[jax.Array, jax.Array]:
+        """What is rounded to levels: `z` with `rotate(x - mean) = z * length`.
+
+        Returns:
+          `f32[..., head_dim]`, of norm `sqrt(head_dim)` or 0, and `f32[...]`.
+        """
         if mean is not None and not self.mean:
             raise ValueError(f"a mean was given, but {self.mean=}.")
         x = finite_input(x, mean)
@@ -76,19 +90,21 @@ class TurboQuant(TensorCodec):
         largest = jnp.where(largest > SMALLEST, largest, 0)
         # Over the largest magnitude squares neither overflow nor vanish; zero stays zero.
         scaled = x / jnp.where(largest > 0, largest, 1)[..., None]
-        y = self.rotate(jnp.where(largest[..., None] > 0, scaled, 0))
+        y = rotate(jnp.where(largest[..., None] > 0, scaled, 0))
         root = np.float32(np.sqrt(x.shape[-1]))
         norm = jnp.sqrt(jnp.sum(y * y, axis=-1))
-        z = y * (root / jnp.where(norm > 0, norm, 1))[..., None]
-        codes = self._codes(z)
-        level = self.code_values(codes)
+        return y * (root / jnp.where(norm > 0, norm, 1))[..., None], (norm / root) * largest
+
+    def stored_factor(self, z: jax.Array, codes: jax.Array, length: jax.Array) -> jax.Array:
+        """The factor of the codes of `z * length`, as stored."""
+        level, root = self.code_values(codes), np.float32(np.sqrt(z.shape[-1]))
         product, square = jnp.sum(z * level, axis=-1), jnp.sum(level * level, axis=-1)
         factor = {  # of z, whose length is root; no level is 0, so square > 0
             "norm": lambda: root / jnp.sqrt(square),
             "least_squares": lambda: product / square,
             "unbiased": lambda: root * root / jnp.where(product > 0, product, 1),
         }[self.factor]()
-        return Quantized(codes, (store_factor(factor * (norm / root) * largest, self.factor_kind),))
+        return store_factor(factor * length, self.factor_kind)
 
     def code_values(self, codes: jax.Array) -> jax.Array:
         return self.levels.decode(codes)
@@ -102,13 +118,17 @@ class TurboQuant(TensorCodec):
     def _signs(self, x: jax.Array) -> np.ndarray | None:
         return None if self.sign_seed is None else channel_signs(x.shape[-1], self.sign_seed)
 
-    def _codes(self, z: jax.Array) -> jax.Array:
+    def nearest_codes(self, z: jax.Array) -> jax.Array:
         """Nearest levels to z, or to the pre-scaled z whose levels have the best cosine with z."""
         if not self.search:
             return self.levels.encode(z)
         scales = np.asarray(PRE_SCALES, np.float32)
         trial = z[..., None, :] * scales.reshape((1,) * (z.ndim - 1) + (-1, 1))
-        level = self.levels.decode(self.levels.encode(trial))  # fused into the two sums
-        product, square = jnp.sum(z[..., None, :] * level, -1), jnp.sum(level * level, -1)
-        best = jnp.argmax(product * jax.lax.rsqrt(square), axis=-1)
+        best = jnp.argmax(self.cosine(z[..., None, :], trial), axis=-1)
         return self.levels.encode(z * jnp.asarray(scales)[best][..., None])
+
+    def cosine(self, z: jax.Array, trial: jax.Array) -> jax.Array:
+        """Cosine of z and the levels nearest to `trial`, times z's length."""
+        level = self.levels.decode(self.levels.encode(trial))  # fused into the two sums
+        product, square = jnp.sum(z * level, -1), jnp.sum(level * level, -1)
+        return product * jax.lax.rsqrt(square)

@@ -4,10 +4,9 @@ import jax
 
 from pallas_kernels.backends import Backend, choose_backend
 from pallas_kernels.pages import CodedPages, ExactPages
-from pallas_kernels.quantize_pages import xla
+from pallas_kernels.quantize_pages import gpu, xla
 from pallas_kernels.shapes import bind_dims
 
-BACKENDS: tuple[Backend, ...] = ("xla",)
 
 
 def quantize_pages(
@@ -42,7 +41,26 @@ def quantize_pages(
     for name, size in coded.dims.items():
         if name != "pages" and exact.dims[name] != size:
             raise ValueError(f"{name}={exact.dims[name]} of exact pages must be {size}.")
-    choose_backend("quantize_pages", backend, BACKENDS)
-    return xla.quantize_pages(
+    serve = {"xla": xla, "gpu": gpu}[choose(backend, coded)]
+    return serve.quantize_pages(
         coded, exact, layer=layer, source=source, target=target, wanted=wanted
     )
+
+
+def choose(
+    backend: Backend | None, coded: CodedPages, *, platform: str | None = None
+) -> Backend:
+    """Who quantizes into such pages: the named backend, or the platform's best.
+
+    Args:
+      backend: None picks.
+      coded: shapes and dtypes are enough.
+      platform: "cpu", "gpu" or "tpu"; None asks JAX.
+
+    Raises:
+      NotImplementedError: the named backend does not serve them; says why.
+    """
+    why = gpu.refusal(coded, platform=platform)
+    if backend == "gpu" and why:
+        raise NotImplementedError(f"quantize_pages: {why}.")
+    return choose_backend("quantize_pages", backend, ("xla",) if why else ("xla", "gpu"), platform)
