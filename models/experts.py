@@ -1,0 +1,235 @@
+"""Mixture of experts of gpt-oss: a router, and experts that are read only where a token needs them.
+
+Tokens are grouped by expert, so that a weight is read once for a block of tokens, and weights may
+stay packed as MXFP4 in memory.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from models import mxfp4
+
+Layer = int | jax.Array
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExpertsConfig:
+    """Static description of an `Experts` layer.
+
+    Attributes:
+      experts: how many there are.
+      top_k: experts a token is sent to.
+      alpha: slope of the sigmoid in the activation.
+      limit: bound of gate and up before the activation.
+      packed: weights are MXFP4 blocks in memory, dequantized as they are used.
+    """
+
+    experts: int
+    top_k: int
+    alpha: float
+    limit: float
+    packed: bool
+
+    def __post_init__(self):
+        if not 1 <= self.top_k <= self.experts:
+            raise ValueError(f"top_k={self.top_k} must be 1 to experts={self.experts}.")
+
+
+class ExpertParam(nnx.Param):
+    """A weight of which a call reads a few experts only.
+
+    A scan over layers must not slice it (the slice of a layer is a copy of all its experts): split
+    these off by type, pass them whole and say which layer.
+    """
+
+
+class Experts(nnx.Module):
+    """Router and experts of gpt-oss (arXiv:2508.10925).
+
+    The `top_k` largest router logits are softmaxed among themselves and weigh the experts'
+    outputs, `down(gate * sigmoid(alpha * gate) * (up + 1))` with `gate <= limit` and
+    `|up| <= limit`. Router logits are float32.
+
+    Parameters, each with the leading `stack` axes; experts keep the published layout, in which
+    gate and up are interleaved (even columns gate, odd up):
+      router: `[hidden, experts]` (published transposed), `router_bias`: `[experts]`;
+      gate_up_bias: `[experts, 2 * inner]`, `down_bias`: `[experts, hidden]`;
+      not packed: `gate_up`: `[experts, hidden, 2 * inner]`, `down`: `[experts, inner, hidden]`;
+      packed: `gate_up_blocks`: `u8[experts, 2 * inner, hidden / 32, 16]`, `gate_up_scales`:
+      `u8[experts, 2 * inner, hidden / 32]`, `down_blocks`: `u8[experts, hidden, inner / 32, 16]`,
+      `down_scales`: `u8[experts, hidden, inner / 32]`.
+
+    Under a scan over layers build it with `stack=(layers,)`, keep it out of the scanned arrays and
+    call it with the layer's index; every parameter is an `ExpertParam`:
+
+        graph, experts, others = nnx.split(blocks, ExpertParam, ...)
+        # in the body, for the others' slice of layer i:
+        nnx.merge(graph, experts, others_i).mlp(x, i)
+
+    Args:
+      config: sizes and activation.
+      hidden: size of a token.
+      inner: size inside an expert.
+      rngs: for random weights.
+      stack: `()`, or `(layers,)` to hold the weights of several layers.
+      dtype: of the weights that are not packed.
+
+    Raises:
+      ValueError: packed sizes that are no multiples of 32.
+    """
+
+    def __init__(
+        self,
+        config: ExpertsConfig,
+        hidden: int,
+        inner: int,
+        rngs: nnx.Rngs,
+        *,
+        stack: tuple[int, ...] = (),
+        dtype,
+    ):
+        if config.packed and (hidden % mxfp4.BLOCK or inner % mxfp4.BLOCK):
+            raise ValueError(f"{hidden=} and {inner=} must be multiples of {mxfp4.BLOCK}.")
+        if len(stack) > 1:
+            raise ValueError(f"{stack=} must have at most one axis.")
+        self.config, self.stacked = config, bool(stack)
+        each = (*stack, config.experts)
+
+        def normal(*shape: int, fan_in: int) -> ExpertParam:
+            scale = jnp.asarray(fan_in**-0.5, dtype)
+            return ExpertParam(jax.random.normal(rngs.params(), shape, dtype) * scale)
+
+        def random_bytes(*shape: int) -> ExpertParam:
+            return ExpertParam(jax.random.bits(rngs.params(), shape, jnp.uint8))
+
+        def scales(*shape: int, fan_in: int) -> ExpertParam:
+            exponent = 127 - round(math.log2(3 * fan_in**0.5))  # random codes have rms 3
+            return ExpertParam(jnp.full(shape, exponent, jnp.uint8))
+
+        self.router = normal(*stack, hidden, config.experts, fan_in=hidden)
+        self.router_bias = ExpertParam(jnp.zeros(each, dtype))
+        self.gate_up_bias = ExpertParam(jnp.zeros((*each, 2 * inner), dtype))
+        self.down_bias = ExpertParam(jnp.zeros((*each, hidden), dtype))
+        if config.packed:
+            into, out_of = hidden // mxfp4.BLOCK, inner // mxfp4.BLOCK
+            self.gate_up_blocks = random_bytes(*each, 2 * inner, into, mxfp4.BLOCK_BYTES)
+            self.gate_up_scales = scales(*each, 2 * inner, into, fan_in=hidden)
+            self.down_blocks = random_bytes(*each, hidden, out_of, mxfp4.BLOCK_BYTES)
+            self.down_scales = scales(*each, hidden, out_of, fan_in=inner)
+        else:
+            self.gate_up = normal(*each, hidden, 2 * inner, fan_in=hidden)
+            self.down = normal(*each, inner, hidden, fan_in=inner)
+
+    def __call__(self, x: jax.Array, layer: Layer | None = None) -> jax.Array:
+        """Maps `[batch, tokens, hidden]` to the same shape; rows are independent.
+
+        Args:
+          x: the tokens.
+          layer: which of the stacked layers; None where nothing is stacked.
+        """
+        if self.stacked != (layer is not None):
+            raise ValueError(f"{layer=} must be given for stacked weights and for no others.")
+        layer = 0 if layer is None else layer
+        tokens = x.reshape(-1, x.shape[-1])
+        experts, weights = self._route(tokens, layer)
+        groups = group_by_expert(experts, self.config.experts)
+        out = self._run(tokens, groups, layer)[groups.place]  # [tokens, top_k, hidden]
+        out = jnp.einsum("tk,tkd->td", weights, out, preferred_element_type=jnp.float32)
+        return out.astype(x.dtype).reshape(x.shape)
+
+    def _route(self, tokens: jax.Array, layer: Layer) -> tuple[jax.Array, jax.Array]:
+        """Experts `i32[tokens, top_k]` and their weights `f32[tokens, top_k]`."""
+        router, bias = self._layer(self.router, layer), self._layer(self.router_bias, layer)
+        logits = jnp.dot(tokens, router, preferred_element_type=jnp.float32)
+        logits, experts = jax.lax.top_k(logits + bias.astype(jnp.float32)[None], self.config.top_k)
+        return experts, jax.nn.softmax(logits, axis=-1)
+
+    def _run(self, tokens: jax.Array, groups: "Groups", layer: Layer) -> jax.Array:
+        """Outputs of token-expert pairs in grouped order, `[pairs + block - 1, hidden]`."""
+        rows = groups.token.size
+
+        def run_block(b, out):
+            expert, start = groups.find(b)
+            x = tokens[jax.lax.dynamic_slice(groups.token, (start,), (groups.block,))]
+            y = self._expert(x, layer * self.config.experts + expert)
+            # What a block writes past its expert's rows is garbage that the next one overwrites.
+            return jax.lax.dynamic_update_slice(out, y, (start, 0))
+
+        return jax.lax.fori_loop(
+            0, groups.blocks, run_block, jnp.zeros((rows, tokens.shape[1]), tokens.dtype)
+        )
+
+    def _expert(self, x: jax.Array, index: jax.Array) -> jax.Array:
+        """One expert on a block of tokens, `[block, hidden]`."""
+        y = self._project("gate_up", x, index).reshape(x.shape[0], -1, 2)
+        gate = jnp.minimum(y[..., 0], self.config.limit)
+        up = jnp.clip(y[..., 1], -self.config.limit, self.config.limit)
+        y = gate * jax.nn.sigmoid(self.config.alpha * gate) * (up + 1)
+        return self._project("down", y.astype(x.dtype), index).astype(x.dtype)
+
+    def _project(self, name: str, x: jax.Array, index: jax.Array) -> jax.Array:
+        """`x @ weight + bias` of one expert, in float32."""
+        read = lambda suffix: self._flat(getattr(self, name + suffix))[index]
+        if self.config.packed:
+            weight = mxfp4.dequantize(read("_blocks"), read("_scales"), x.dtype)
+            y = jnp.einsum("bi,oi->bo", x, weight, preferred_element_type=jnp.float32)
+        else:
+            y = jnp.dot(x, read(""), preferred_element_type=jnp.float32)
+        return y + read("_bias").astype(jnp.float32)[None]
+
+    def _layer(self, parameter: nnx.Param, layer: Layer) -> jax.Array:
+        return parameter[...][layer] if self.stacked else parameter[...]
+
+    def _flat(self, parameter: nnx.Param) -> jax.Array:
+        """All layers' experts on one axis, so that one slice reads one expert of one layer."""
+        value = parameter[...]
+        return value.reshape(-1, *value.shape[2:]) if self.stacked else value
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Groups:
+    """Token-expert pairs in order of experts, cut into blocks of one expert each."""
+
+    token: (
+        jax.Array
+    )  # i32[pairs + block - 1], the token of each pair in grouped order, then padding
+    place: jax.Array  # i32[tokens, top_k], where a token's pairs stand in that order
+    first_pair: jax.Array  # i32[experts]
+    last_block: jax.Array  # i32[experts], exclusive
+    first_block: jax.Array  # i32[experts]
+    block: int = dataclasses.field(metadata=dict(static=True))  # pairs in a block
+
+    @property
+    def blocks(self) -> jax.Array:
+        """Blocks in use; only the experts that they name are read."""
+        return self.last_block[-1]
+
+    def find(self, b: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Block b's expert and its first pair."""
+        expert = jnp.sum(self.last_block <= b)
+        return expert, self.first_pair[expert] + (b - self.first_block[expert]) * self.block
+
+
+def group_by_expert(experts: jax.Array, count: int) -> Groups:
+    """Groups `experts`, `i32[tokens, top_k]`, of which there are `count`."""
+    pairs, top_k = experts.size, experts.shape[1]
+    block = 1 << max(0, (pairs // count - 1).bit_length())
+    flat = experts.reshape(-1)
+    order = jnp.argsort(flat, stable=True).astype(jnp.int32)
+    place = jnp.zeros_like(order).at[order].set(jnp.arange(pairs, dtype=jnp.int32))
+    sizes = jnp.sum(flat[:, None] == jnp.arange(count)[None], axis=0, dtype=jnp.int32)
+    blocks = (sizes + block - 1) // block
+    last_block = jnp.cumsum(blocks, dtype=jnp.int32)
+    return Groups(
+        token=jnp.pad(order // top_k, (0, block - 1)),
+        place=place.reshape(experts.shape),
+        first_pair=jnp.cumsum(sizes, dtype=jnp.int32) - sizes,
+        last_block=last_block,
+        first_block=last_block - blocks,
+        block=block,
+    )
