@@ -24,7 +24,7 @@ GEMMA_LIKE = """{{ bos_token }}
     {%- set turns = messages[1:] -%}
 {%- endif -%}
 {%- for turn in turns -%}
-    {%- if (turn['role'] == 'user') != (loop.index0 % 2 == 0) -%}
+    {%- if turn['role'] != ['user', 'assistant'][loop.index0 % 2] -%}
         {{ raise_exception('turns must alternate') }}
     {%- endif -%}
     {%- set role = 'model' if turn['role'] == 'assistant' else turn['role'] -%}
