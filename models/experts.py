@@ -15,6 +15,11 @@ from models import mxfp4
 
 Layer = int | jax.Array
 
+# Rows of a weight that a CPU unpacks at a time: 512 x 2880 values stay in its last-level cache.
+CPU_TILE = 512
+# Unpacking an expert's weights takes as long as multiplying them with so many tokens.
+UNPACK_TOKENS = {"cpu": 16, "gpu": 400, "tpu": 400}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExpertsConfig:
@@ -150,43 +155,62 @@ class Experts(nnx.Module):
 
     def _run(self, tokens: jax.Array, groups: "Groups", layer: Layer) -> jax.Array:
         """Outputs of token-expert pairs in grouped order, `[pairs + block - 1, hidden]`."""
-        rows = groups.token.size
 
         def run_block(b, out):
             expert, start = groups.find(b)
             x = tokens[jax.lax.dynamic_slice(groups.token, (start,), (groups.block,))]
-            y = self._expert(x, layer * self.config.experts + expert)
+            y = self._expert(x.T, layer * self.config.experts + expert).T.astype(out.dtype)
             # What a block writes past its expert's rows is garbage that the next one overwrites.
             return jax.lax.dynamic_update_slice(out, y, (start, 0))
 
-        return jax.lax.fori_loop(
-            0, groups.blocks, run_block, jnp.zeros((rows, tokens.shape[1]), tokens.dtype)
-        )
+        out = jnp.zeros((groups.token.size, tokens.shape[1]), tokens.dtype)
+        return jax.lax.fori_loop(0, groups.blocks, run_block, out)
 
     def _expert(self, x: jax.Array, index: jax.Array) -> jax.Array:
-        """One expert on a block of tokens, `[block, hidden]`."""
-        y = self._project("gate_up", x, index).reshape(x.shape[0], -1, 2)
-        gate = jnp.minimum(y[..., 0], self.config.limit)
-        up = jnp.clip(y[..., 1], -self.config.limit, self.config.limit)
+        """One expert on a block of tokens, `[hidden, block]`."""
+        y = self._project("gate_up", x, index)
+        gate = jnp.minimum(y[0::2], self.config.limit)
+        up = jnp.clip(y[1::2], -self.config.limit, self.config.limit)
         y = gate * jax.nn.sigmoid(self.config.alpha * gate) * (up + 1)
-        return self._project("down", y.astype(x.dtype), index).astype(x.dtype)
+        return self._project("down", y.astype(x.dtype), index)
 
     def _project(self, name: str, x: jax.Array, index: jax.Array) -> jax.Array:
-        """`x @ weight + bias` of one expert, in float32."""
-        read = lambda suffix: self._flat(getattr(self, name + suffix))[index]
+        """`weight @ x + bias` of one expert in float32, `[in, block]` to `[out, block]`."""
+        bias = self._flat(name + "_bias")[index].astype(jnp.float32)
+        size = bias.size
+        tile = size
+        if jax.default_backend() == "cpu":
+            tile, x = min(size, CPU_TILE), x.astype(jnp.float32)
+
+        def write_tile(t, y):
+            start = jnp.minimum(t * tile, size - tile)  # the last tile overlaps the one before
+            part = self._multiply(name, index, start, tile, x)
+            return jax.lax.dynamic_update_slice(y, part, (start, 0))
+
+        y = jnp.zeros((size, x.shape[1]), jnp.float32)
+        return jax.lax.fori_loop(0, -(-size // tile), write_tile, y) + bias[:, None]
+
+    def _multiply(self, name: str, index, start, size: int, x: jax.Array) -> jax.Array:
+        """Outputs `start .. start + size` of one expert's matrix, `f32[size, block]`."""
+
+        def read(suffix, *places, sizes):
+            return jax.lax.dynamic_slice(self._flat(name + suffix), (index, *places), (1, *sizes))[
+                0
+            ]
+
         if self.config.packed:
-            weight = mxfp4.dequantize(read("_blocks"), read("_scales"), x.dtype)
-            y = jnp.einsum("bi,oi->bo", x, weight, preferred_element_type=jnp.float32)
-        else:
-            y = jnp.dot(x, read(""), preferred_element_type=jnp.float32)
-        return y + read("_bias").astype(jnp.float32)[None]
+            count = x.shape[0] // mxfp4.BLOCK
+            blocks = read("_blocks", start, 0, 0, sizes=(size, count, mxfp4.BLOCK_BYTES))
+            return mxfp4.multiply(blocks, read("_scales", start, 0, sizes=(size, count)), x)
+        weight = read("", 0, start, sizes=(x.shape[0], size)).astype(x.dtype)
+        return jnp.einsum("io,ib->ob", weight, x, preferred_element_type=jnp.float32)
 
     def _layer(self, parameter: nnx.Param, layer: Layer) -> jax.Array:
         return parameter[...][layer] if self.stacked else parameter[...]
 
-    def _flat(self, parameter: nnx.Param) -> jax.Array:
-        """All layers' experts on one axis, so that one slice reads one expert of one layer."""
-        value = parameter[...]
+    def _flat(self, name: str) -> jax.Array:
+        """A weight with all layers' experts on one axis: one slice reads one expert of a layer."""
+        value = getattr(self, name)[...]
         return value.reshape(-1, *value.shape[2:]) if self.stacked else value
 
 
@@ -218,7 +242,7 @@ class Groups:
 def group_by_expert(experts: jax.Array, count: int) -> Groups:
     """Groups `experts`, `i32[tokens, top_k]`, of which there are `count`."""
     pairs, top_k = experts.size, experts.shape[1]
-    block = 1 << max(0, (pairs // count - 1).bit_length())
+    block = block_size(experts.shape[0], pairs / count)
     flat = experts.reshape(-1)
     order = jnp.argsort(flat, stable=True).astype(jnp.int32)
     place = jnp.zeros_like(order).at[order].set(jnp.arange(pairs, dtype=jnp.int32))
@@ -233,3 +257,14 @@ def group_by_expert(experts: jax.Array, count: int) -> Groups:
         first_block=last_block - blocks,
         block=block,
     )
+
+
+def block_size(tokens: int, per_expert: float) -> int:
+    """Pairs in a block, a power of two.
+
+    An expert with c pairs takes about c / block + 1 / 2 blocks, each of which costs an unpacking
+    and a product: `(c / block + 1 / 2) * (unpack + block)` is least at `sqrt(2 * c * unpack)`.
+    A token counts once for an expert, so more than all tokens are never needed.
+    """
+    best = math.sqrt(2 * per_expert * UNPACK_TOKENS[jax.default_backend()])
+    return 1 << math.ceil(math.log2(max(1, min(best, tokens))))
