@@ -15,7 +15,7 @@ from models import mxfp4
 
 Layer = int | jax.Array
 
-# Rows of a weight that a CPU unpacks at a time: 512 x 2880 values stay in its last-level cache.
+# Rows of a weight that a CPU reads at a time: 512 x 2880 values stay in its last-level cache.
 CPU_TILE = 512
 # Unpacking an expert's weights takes as long as multiplying them with so many tokens.
 UNPACK_TOKENS = {"cpu": 16, "gpu": 400, "tpu": 400}
@@ -149,8 +149,8 @@ class Experts(nnx.Module):
     def _route(self, tokens: jax.Array, layer: Layer) -> tuple[jax.Array, jax.Array]:
         """Experts `i32[tokens, top_k]` and their weights `f32[tokens, top_k]`."""
         router, bias = self._layer(self.router, layer), self._layer(self.router_bias, layer)
-        logits = jnp.dot(tokens, router, preferred_element_type=jnp.float32)
-        logits, experts = jax.lax.top_k(logits + bias.astype(jnp.float32)[None], self.config.top_k)
+        router, bias, tokens = (v.astype(jnp.float32) for v in (router, bias, tokens))
+        logits, experts = jax.lax.top_k(tokens @ router + bias[None], self.config.top_k)
         return experts, jax.nn.softmax(logits, axis=-1)
 
     def _run(self, tokens: jax.Array, groups: "Groups", layer: Layer) -> jax.Array:
@@ -175,35 +175,47 @@ class Experts(nnx.Module):
         return self._project("down", y.astype(x.dtype), index)
 
     def _project(self, name: str, x: jax.Array, index: jax.Array) -> jax.Array:
-        """`weight @ x + bias` of one expert in float32, `[in, block]` to `[out, block]`."""
-        bias = self._flat(name + "_bias")[index].astype(jnp.float32)
-        size = bias.size
-        tile = size
+        """`weight.T @ x + bias` of one expert in float32, `[in, block]` to `[out, block]`."""
+        bias = self._flat(name + "_bias")[index].astype(jnp.float32)[:, None]
         if jax.default_backend() == "cpu":
-            tile, x = min(size, CPU_TILE), x.astype(jnp.float32)
+            x = x.astype(jnp.float32)  # its products of bfloat16 are slower, or missing
+        multiply = self._multiply_packed if self.config.packed else self._multiply_plain
+        return multiply(name, x, index, bias.size) + bias
+
+    def _multiply_packed(self, name: str, x: jax.Array, index: jax.Array, size: int) -> jax.Array:
+        """By tiles of outputs, the packed layout's rows: `f32[size, block]`."""
+        tile, tiles = _tiles(size)
+        blocks, scales = self._flat(name + "_blocks"), self._flat(name + "_scales")
 
         def write_tile(t, y):
             start = jnp.minimum(t * tile, size - tile)  # the last tile overlaps the one before
-            part = self._multiply(name, index, start, tile, x)
+            part = mxfp4.multiply(
+                jax.lax.dynamic_slice(blocks, (index, start, 0, 0), (1, tile, *blocks.shape[2:]))[
+                    0
+                ],
+                jax.lax.dynamic_slice(scales, (index, start, 0), (1, tile, scales.shape[2]))[0],
+                x,
+            )
             return jax.lax.dynamic_update_slice(y, part, (start, 0))
 
         y = jnp.zeros((size, x.shape[1]), jnp.float32)
-        return jax.lax.fori_loop(0, -(-size // tile), write_tile, y) + bias[:, None]
+        return jax.lax.fori_loop(0, tiles, write_tile, y)
 
-    def _multiply(self, name: str, index, start, size: int, x: jax.Array) -> jax.Array:
-        """Outputs `start .. start + size` of one expert's matrix, `f32[size, block]`."""
+    def _multiply_plain(self, name: str, x: jax.Array, index: jax.Array, size: int) -> jax.Array:
+        """By tiles of inputs, the plain layout's rows: `f32[size, block]`."""
+        tile, tiles = _tiles(x.shape[0])
+        weight, rows = self._flat(name), x.T
 
-        def read(suffix, *places, sizes):
-            return jax.lax.dynamic_slice(self._flat(name + suffix), (index, *places), (1, *sizes))[
-                0
-            ]
+        def add_tile(t, y):
+            start = jnp.minimum(t * tile, x.shape[0] - tile)
+            new = start + jnp.arange(tile) >= t * tile  # the last tile overlaps the one before
+            part = jax.lax.dynamic_slice(rows, (0, start), (rows.shape[0], tile))
+            part = jnp.where(new[None], part, 0)
+            w = jax.lax.dynamic_slice(weight, (index, start, 0), (1, tile, size))[0]
+            return y + jnp.dot(part, w.astype(x.dtype), preferred_element_type=jnp.float32)
 
-        if self.config.packed:
-            count = x.shape[0] // mxfp4.BLOCK
-            blocks = read("_blocks", start, 0, 0, sizes=(size, count, mxfp4.BLOCK_BYTES))
-            return mxfp4.multiply(blocks, read("_scales", start, 0, sizes=(size, count)), x)
-        weight = read("", 0, start, sizes=(x.shape[0], size)).astype(x.dtype)
-        return jnp.einsum("io,ib->ob", weight, x, preferred_element_type=jnp.float32)
+        y = jnp.zeros((x.shape[1], size), jnp.float32)
+        return jax.lax.fori_loop(0, tiles, add_tile, y).T
 
     def _layer(self, parameter: nnx.Param, layer: Layer) -> jax.Array:
         return parameter[...][layer] if self.stacked else parameter[...]
@@ -257,6 +269,12 @@ def group_by_expert(experts: jax.Array, count: int) -> Groups:
         first_block=last_block - blocks,
         block=block,
     )
+
+
+def _tiles(size: int) -> tuple[int, int]:
+    """Rows of a weight that are read at a time, and how many times: all at once but on a CPU."""
+    tile = min(size, CPU_TILE) if jax.default_backend() == "cpu" else size
+    return tile, -(-size // tile)
 
 
 def block_size(tokens: int, per_expert: float) -> int:
