@@ -81,7 +81,8 @@ class Experts(nnx.Module):
       inner: size inside an expert.
       rngs: for random weights.
       stack: `()`, or `(layers,)` to hold the weights of several layers.
-      dtype: of the weights that are not packed.
+      dtype: of the weights that are not packed. JAX 0.10's CPU compiler makes a float32 copy of all
+        experts that are plain bfloat16 in every call; float32 and packed ones it reads in place.
 
     Raises:
       ValueError: packed sizes that are no multiples of 32.
