@@ -17,8 +17,9 @@ Layer = int | jax.Array
 
 # Rows of a weight that a CPU reads at a time: 512 x 2880 values stay in its last-level cache.
 CPU_TILE = 512
-# Unpacking an expert's weights takes as long as multiplying them with so many tokens.
-UNPACK_TOKENS = {"cpu": 16, "gpu": 400, "tpu": 400}
+# Reading and unpacking an expert takes as long as multiplying it with so many tokens: measured on
+# two AVX-512 cores; for a GPU worked out from an H100's bandwidth and bfloat16 rate.
+UNPACK_TOKENS = {"cpu": 16, "gpu": 400}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -191,10 +192,8 @@ class Experts(nnx.Module):
         def write_tile(t, y):
             start = jnp.minimum(t * tile, size - tile)  # the last tile overlaps the one before
             part = mxfp4.multiply(
-                jax.lax.dynamic_slice(blocks, (index, start, 0, 0), (1, tile, *blocks.shape[2:]))[
-                    0
-                ],
-                jax.lax.dynamic_slice(scales, (index, start, 0), (1, tile, scales.shape[2]))[0],
+                _expert_rows(blocks, index, start, tile),
+                _expert_rows(scales, index, start, tile),
                 x,
             )
             return jax.lax.dynamic_update_slice(y, part, (start, 0))
@@ -212,7 +211,7 @@ class Experts(nnx.Module):
             new = start + jnp.arange(tile) >= t * tile  # the last tile overlaps the one before
             part = jax.lax.dynamic_slice(rows, (0, start), (rows.shape[0], tile))
             part = jnp.where(new[None], part, 0)
-            w = jax.lax.dynamic_slice(weight, (index, start, 0), (1, tile, size))[0]
+            w = _expert_rows(weight, index, start, tile)
             return y + jnp.dot(part, w.astype(x.dtype), preferred_element_type=jnp.float32)
 
         y = jnp.zeros((x.shape[1], size), jnp.float32)
@@ -272,6 +271,12 @@ def group_by_expert(experts: jax.Array, count: int) -> Groups:
     )
 
 
+def _expert_rows(weight: jax.Array, index: jax.Array, start: jax.Array, size: int) -> jax.Array:
+    """`weight[index, start : start + size]`."""
+    places = (index, start) + (0,) * (weight.ndim - 2)
+    return jax.lax.dynamic_slice(weight, places, (1, size, *weight.shape[2:]))[0]
+
+
 def _tiles(size: int) -> tuple[int, int]:
     """Rows of a weight that are read at a time, and how many times: all at once but on a CPU."""
     tile = min(size, CPU_TILE) if jax.default_backend() == "cpu" else size
@@ -285,5 +290,7 @@ def block_size(tokens: int, per_expert: float) -> int:
     and a product: `(c / block + 1 / 2) * (unpack + block)` is least at `sqrt(2 * c * unpack)`.
     A token counts once for an expert, so more than all tokens are never needed.
     """
-    best = math.sqrt(2 * per_expert * UNPACK_TOKENS[jax.default_backend()])
+    best = math.sqrt(
+        2 * per_expert * UNPACK_TOKENS["cpu" if jax.default_backend() == "cpu" else "gpu"]
+    )
     return 1 << math.ceil(math.log2(max(1, min(best, tokens))))
