@@ -10,7 +10,8 @@ from models.checkpoints import CheckpointError as CheckpointError
 from models.checkpoints import open_checkpoint as _open_path
 from models.config import DecoderConfig as DecoderConfig
 from models.decoder import Decoder as Decoder
-from models.loaders import Progress, architecture_config, load_decoder
+from models.loaders import Progress, load_decoder
+from models.loaders import architecture_config as architecture_config
 from models.smollm2 import fetch_smollm2
 
 NAMES = {"smollm2": fetch_smollm2}  # models that can be had by name
@@ -45,21 +46,17 @@ def load(
       source: path, name, or a checkpoint that is already open.
       dtype: of weights and activations; None for float32 on a CPU, bfloat16 elsewhere.
       scan: scan over stacked layers (compile time does not grow with depth) or unroll them;
-        None unrolls on a CPU, where a scan copies each layer's weights before it reads them,
-        and layers that differ.
-      progress: called with (parameters done, of how many).
+        None unrolls on a CPU, where a scan copies each layer's weights before it reads them.
+      progress: called with (bytes of the file read, of how many).
 
     Raises:
       CheckpointError: one line: what is wrong with which file or tensor.
     """
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     on_cpu = jax.default_backend() == "cpu"
-    if scan is None:
-        alike = len(set(architecture_config(checkpoint.config).windows)) == 1
-        scan = alike and not on_cpu
     return load_decoder(
         checkpoint,
         dtype=dtype or ("float32" if on_cpu else "bfloat16"),
-        scan=scan,
+        scan=not on_cpu if scan is None else scan,
         progress=progress,
     )

@@ -3,6 +3,7 @@
 import datetime
 import json
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from models.checkpoints.errors import CheckpointError, import_extra, one_line
@@ -14,17 +15,20 @@ def render_chat(
     *,
     special_tokens: Mapping[str, str],
     source: str,
+    variables: Mapping[str, Any] = MappingProxyType({}),
 ) -> str:
     """Renders a conversation up to where the assistant's next turn starts.
 
     Args:
       template: Jinja source; it runs in a sandbox.
-      messages: dicts with "role" and "content".
+      messages: dicts with "role", "content" and what else the template reads ("thinking", ...).
       special_tokens: "bos_token", "eos_token", ..., variables of the template.
       source: the checkpoint, for errors.
+      variables: more of the template's variables: "tools", "reasoning_effort", ...
 
     Raises:
-      CheckpointError: the template is broken or refuses these messages.
+      CheckpointError: the template is broken, refuses these messages, or would ignore one of
+        `variables`.
     """
     jinja2 = import_extra("jinja2")
     environment = import_extra("jinja2.sandbox").ImmutableSandboxedEnvironment(
@@ -39,10 +43,16 @@ def render_chat(
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    variables = {"tools": None, "documents": None, "add_generation_prompt": True}
+    defaults = {"tools": None, "documents": None, "add_generation_prompt": True}
     try:
-        compiled = environment.from_string(template)
-        return compiled.render(messages=messages, **variables, **special_tokens)
+        syntax = environment.parse(template)
+        reads = import_extra("jinja2.meta").find_undeclared_variables(syntax)
+        ignored = sorted(set(variables) - reads)
+        if ignored:  # a misspelt name would otherwise change nothing, without a word
+            known = ", ".join(sorted(reads - set(environment.globals))) or "none"
+            raise jinja2.TemplateError(f"does not read {', '.join(ignored)}, only {known}")
+        values = {**defaults, **special_tokens, **variables, "messages": messages}
+        return environment.from_string(syntax).render(values)
     except (
         jinja2.TemplateError,
         ArithmeticError,

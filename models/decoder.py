@@ -1,4 +1,4 @@
-"""A decoder-only transformer over a `KVCache`: one body for the Llama family."""
+"""A decoder-only transformer over a `KVCache`: one body for every architecture here."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,9 @@ from flax import nnx
 
 from jaxkv import KVCache, LayerSpec
 from models.config import DecoderConfig
-from models.layers import Block, RMSNorm
+from models.experts import ExpertParam
+from models.layers import Angles, Block, make_norm, soft_cap
+from models.pattern import pattern_places
 from models.rope import angles
 from pallas_kernels.backends import Backend
 
@@ -14,11 +16,16 @@ from pallas_kernels.backends import Backend
 class Decoder(nnx.Module):
     """Embedding, blocks, final norm. `Decoder.__call__` gives hidden states, `unembed` logits.
 
+    With `scan` the layers are stacked by their place in the repeating pattern of windows and a
+    scan runs over whole repeats, so that compile time does not grow with depth. `pattern` has one
+    stacked block a place; `layers` are the ones that follow one by one: those of a last repeat that
+    is cut short or, without `scan`, all of them.
+
     Args:
       config: the architecture.
       rngs: for random weights; loaders replace them.
-      scan: stack the layers and scan over them, so that compile time does not grow with depth;
-        False unrolls, which reads weights in place and is faster where a step is short (CPU).
+      scan: stack and scan, or unroll, which reads weights in place and is faster where a step is
+        short (CPU).
       dtype: of the weights and activations.
     """
 
@@ -26,16 +33,17 @@ class Decoder(nnx.Module):
         self, config: DecoderConfig, rngs: nnx.Rngs, *, scan: bool = True, dtype="float32"
     ):
         dtype = jnp.dtype(dtype)
-        if scan and len(set(config.windows)) > 1:
-            raise ValueError("scan=True needs layers with one window; use scan=False.")
         self.config, self.scan = config, scan
+        self.repeats = config.layers // config.period if scan else 0
         table = (config.vocab_size, config.hidden_size)
         self.embedding = nnx.Param(jax.random.normal(rngs.params(), table, dtype))
-        if scan:
-            self.layers = Block(config, rngs, stack=(config.layers,), dtype=dtype)
-        else:
-            self.layers = nnx.List([Block(config, rngs, dtype=dtype) for _ in config.windows])
-        self.norm = RMSNorm(config.hidden_size, config.norm_eps, stack=(), dtype=dtype)
+        stacked = range(config.period if scan else 0)
+        single = range(self.repeats * config.period, config.layers)
+        self.pattern = nnx.List(
+            [Block(config, rngs, stack=(self.repeats,), dtype=dtype) for _ in stacked]
+        )
+        self.layers = nnx.List([Block(config, rngs, dtype=dtype) for _ in single])
+        self.norm = make_norm(config, config.hidden_size, stack=(), dtype=dtype)
         self.head = (
             None
             if config.tie_embeddings
@@ -63,36 +71,68 @@ class Decoder(nnx.Module):
 
         Returns:
           Normed hidden states, `[batch, tokens, hidden]`, and the cache.
+
+        Raises:
+          ValueError: the cache does not fit: another number of layers, or layers are scanned that
+            it does not keep alike.
         """
+        config = self.config
+        if len(cache.config.layers) != config.layers:
+            raise ValueError(
+                f"the cache has {len(cache.config.layers)} layers and must have {config.layers}."
+            )
         x = self.embedding[...][tokens]
-        position = cache.positions(tokens.shape[1])
-        rope = self.config.rope
-        turned = angles(rope, position)
-        limits = [spec.q_sink_limit for spec in cache.config.layers]
-        sink_turned = {
-            limit: None if limit is None else angles(rope, jnp.minimum(position, limit))
-            for limit in set(limits)
-        }
-        if isinstance(self.layers, Block):
-            if len(cache.config.groups) != 1:
-                raise ValueError("a scanned Decoder needs a cache whose layers are all alike.")
-            graph, stacked = nnx.split(self.layers)
-
-            def body(carry, weights_and_index):
-                weights, index = weights_and_index
-                block = nnx.merge(graph, weights)
-                x, cache = carry
-                return block(x, cache, (0, index), turned, sink_turned[limits[0]], backend), None
-
-            index = jnp.arange(self.config.layers, dtype=jnp.int32)
-            (x, cache), _ = jax.lax.scan(body, (x, cache), (stacked, index))
-        else:
-            for layer, block in enumerate(self.layers):
-                x, cache = block(x, cache, layer, turned, sink_turned[limits[layer]], backend)
+        if config.scale_embeddings:  # rounded like the weights, as published checkpoints expect
+            x = x * jnp.asarray(config.hidden_size**0.5, x.dtype)
+        turned = self._angles(cache, tokens.shape[1])
+        if self.repeats:
+            x, cache = self._scan(x, cache, turned, backend)
+        for number, block in enumerate(self.layers, start=self.repeats * config.period):
+            x, cache = block(x, cache, number, *turned[number], backend)
         return self.norm(x), cache
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
         """Logits, `f32[..., vocab]`, of hidden states `[..., hidden]`."""
         table = (self.embedding if self.head is None else self.head)[...]
         contract = (((hidden.ndim - 1,), (1,)), ((), ()))
-        return jax.lax.dot_general(hidden, table, contract, preferred_element_type=jnp.float32)
+        logits = jax.lax.dot_general(hidden, table, contract, preferred_element_type=jnp.float32)
+        return soft_cap(logits, self.config.logits_soft_cap)
+
+    def _angles(self, cache: KVCache, tokens: int) -> list[tuple[Angles, Angles | None]]:
+        """Each layer's rotation of queries and keys, and of the queries that attend its sinks."""
+        position = cache.positions(tokens)
+        kinds = [
+            (rope, spec.q_sink_limit)
+            for rope, spec in zip(self.config.ropes, cache.config.layers, strict=True)
+        ]
+        turned = {rope: angles(rope, position) for rope, _ in dict.fromkeys(kinds)}
+        sink_turned = {
+            (rope, limit): None if limit is None else angles(rope, jnp.minimum(position, limit))
+            for rope, limit in dict.fromkeys(kinds)
+        }
+        return [(turned[kind[0]], sink_turned[kind]) for kind in kinds]
+
+    def _scan(
+        self,
+        x: jax.Array,
+        cache: KVCache,
+        turned: list[tuple[Angles, Angles | None]],
+        backend: Backend | None,
+    ) -> tuple[jax.Array, KVCache]:
+        """Runs the whole repeats of the pattern, unrolled inside the body of a scan."""
+        places = pattern_places(cache.config, self.config.period, self.repeats)
+        # Experts stay whole: a slice of a layer would be a copy of all of them, and few are read.
+        graph, experts, stacked = nnx.split(self.pattern, ExpertParam, ...)
+
+        def body(carry, weights_and_repeat):
+            weights, repeat = weights_and_repeat
+            x, cache = carry
+            blocks = nnx.merge(graph, experts, weights)
+            for number, (block, place) in enumerate(zip(blocks, places, strict=True)):
+                layer = (place.group, repeat * place.stride + place.first)
+                x, cache = block(x, cache, layer, *turned[number], backend, place=repeat)
+            return (x, cache), None
+
+        repeats = jnp.arange(self.repeats, dtype=jnp.int32)
+        (x, cache), _ = jax.lax.scan(body, (x, cache), (stacked, repeats))
+        return x, cache

@@ -1,15 +1,37 @@
-"""Reads a Hugging Face `config.json` into a `DecoderConfig`: what the Llama family shares."""
+"""Reads a Hugging Face `config.json` into a `DecoderConfig`: what the architectures share."""
+
+from collections.abc import Sequence
 
 from models.checkpoints import CheckpointError
-from models.config import DecoderConfig
+from models.config import Activation, DecoderConfig
 from models.rope import make_rope
 
 # Missing in old config files; transformers' defaults.
 DEFAULT_THETA = 10000.0
+SLIDING, FULL = "sliding_attention", "full_attention"
+ACTIVATIONS: dict[str, Activation] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 
 
-def common(hf: dict, *, windows: tuple[int | None, ...], **own) -> DecoderConfig:
+def common(
+    hf: dict,
+    *,
+    windows: tuple[int | None, ...],
+    activation: str = "silu",
+    rope: dict | None = None,
+    local_rope: dict | None = None,
+    quantization: str | None = None,
+    **own,
+) -> DecoderConfig:
     """Builds the config from the keys that every architecture has, and `own` fields beside them.
+
+    Args:
+      hf: the file.
+      windows: of each layer.
+      activation: what the file must name, as it names it.
+      rope: parameters of the rotation; None reads the usual keys.
+      local_rope: parameters for the layers with a window, where they differ.
+      quantization: the kind of packed weights that is supported.
+      own: further fields of `DecoderConfig`.
 
     Raises:
       CheckpointError: a key is missing, or a value can't be.
@@ -21,8 +43,11 @@ def common(hf: dict, *, windows: tuple[int | None, ...], **own) -> DecoderConfig
     norm_eps = hf.get("rms_norm_eps", 1e-6)
     if not isinstance(norm_eps, int | float) or not norm_eps > 0:
         raise CheckpointError(f"config.json: rms_norm_eps={norm_eps!r} must be a number above 0.")
+    if head_dim % 2:
+        raise CheckpointError(f"{head_dim=} must be even: channels are rotated in pairs.")
     try:
-        rope = make_rope(head_dim, rope_parameters(hf))
+        turn = make_rope(head_dim, rope_parameters(hf) if rope is None else rope)
+        local_turn = None if local_rope is None else make_rope(head_dim, local_rope)
     except ValueError as error:
         raise CheckpointError(f"config.json: {error}") from None
     config = DecoderConfig(
@@ -34,20 +59,24 @@ def common(hf: dict, *, windows: tuple[int | None, ...], **own) -> DecoderConfig
         kv_heads=kv_heads,
         head_dim=head_dim,
         windows=windows,
-        rope=rope,
+        rope=turn,
+        local_rope=local_turn,
         norm_eps=float(norm_eps),
         tie_embeddings=hf.get("tie_word_embeddings", False),
         eos_ids=as_ids(hf.get("eos_token_id")),
         max_position=whole(hf, "max_position_embeddings", None),
+        activation=ACTIVATIONS[activation],
         **own,
     )
     if q_heads % kv_heads:
         raise CheckpointError(f"num_attention_heads={q_heads} must be a multiple of {kv_heads}.")
-    if head_dim % 2:
-        raise CheckpointError(f"{head_dim=} must be even: channels are rotated in pairs.")
-    act = hf.get("hidden_act", "silu")
-    if act != "silu":
-        raise CheckpointError(f"hidden_act={act!r} must be 'silu'.")
+    for key in ("hidden_act", "hidden_activation"):  # Gemma's files have the second
+        if (act := hf.get(key) or activation) != activation:
+            raise CheckpointError(f"{key}={act!r} must be {activation!r}.")
+    if (packed := hf.get("quantization_config") or None) is not None:
+        kind = packed.get("quant_method") if isinstance(packed, dict) else packed
+        if kind != quantization:
+            raise CheckpointError(f"config.json: quant_method={kind!r} must be {quantization!r}.")
     return config
 
 
@@ -63,35 +92,61 @@ def whole(hf: dict, key: str, *default):
     return int(value)
 
 
-def rope_parameters(hf: dict) -> dict:
+def number(hf: dict, key: str, *default):
+    """A number above 0; with a `default` it may be missing or null."""
+    value = hf.get(key)
+    if value is None:
+        if default:
+            return default[0]
+        raise CheckpointError(f"config.json has no {key!r}.")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        raise CheckpointError(f"config.json: {key}={value!r} must be a number above 0.")
+    return float(value)
+
+
+def rope_parameters(hf: dict, *, theta: float = DEFAULT_THETA) -> dict:
     """One rope description, from the new (`rope_parameters`) or the old keys."""
     found = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
     if not isinstance(found, dict):
-        raise ValueError(f"rope parameters must be an object, not {found!r}.")
-    found = dict(found)
-    found["rope_type"] = found.get("rope_type", found.get("type", "default"))
-    found.setdefault("rope_theta", hf.get("rope_theta", DEFAULT_THETA))
-    if hf.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError(f"partial_rotary_factor={hf['partial_rotary_factor']} must be 1.")
-    return found
+        raise CheckpointError(f"config.json: rope parameters must be an object, not {found!r}.")
+    if nested := [key for key, value in found.items() if isinstance(value, dict)]:
+        raise CheckpointError(
+            f"config.json: rope parameters are one set here, not one for each of {nested}."
+        )
+    for where in (hf, found):
+        if where.get("partial_rotary_factor", 1.0) != 1.0:
+            raise CheckpointError(
+                f"config.json: partial_rotary_factor={where['partial_rotary_factor']} must be 1."
+            )
+    found = {"rope_theta": hf.get("rope_theta", theta), **found}
+    return found | {"rope_type": found.get("rope_type", found.get("type", "default"))}
 
 
-def layer_windows(hf: dict, *, uses_window: bool, full_first: int = 0) -> tuple[int | None, ...]:
-    """Each layer's window: by `layer_types`, in older files all but the first `full_first`."""
+def layer_types(hf: dict, default: Sequence[str]) -> tuple[str, ...]:
+    """Each layer's kind of attention; older files do not tell, then it is `default`."""
     layers = whole(hf, "num_hidden_layers")
-    window = whole(hf, "sliding_window", None) if uses_window else None
-    if window is None:
-        return (None,) * layers
     types = hf.get("layer_types")
-    if types is None:
-        types = ["full_attention" if n < full_first else "sliding_attention" for n in range(layers)]
-    known = {"sliding_attention": window, "full_attention": None}
+    types = default if types is None else types
+    if not isinstance(types, list | tuple):
+        raise CheckpointError(f"layer_types must be a list, not {types!r}.")
     for kind in types:
-        if kind not in known:
-            raise CheckpointError(f"layer_types has {kind!r}; known: {', '.join(known)}.")
+        if kind not in (SLIDING, FULL):
+            raise CheckpointError(f"layer_types has {kind!r}; known: {SLIDING}, {FULL}.")
     if len(types) != layers:
         raise CheckpointError(f"layer_types has {len(types)} entries for {layers} layers.")
-    return tuple(known[kind] for kind in types)
+    return tuple(types)
+
+
+def every_nth_full(hf: dict, n: int) -> list[str]:
+    """Kinds of the layers where every n-th is full and the others slide."""
+    layers = range(1, whole(hf, "num_hidden_layers") + 1)
+    return [SLIDING if layer % n else FULL for layer in layers]
+
+
+def layer_windows(hf: dict, types: Sequence[str]) -> tuple[int | None, ...]:
+    """Each layer's window; in sliding layers it is `sliding_window`, null for no window."""
+    window = whole(hf, "sliding_window", None)
+    return tuple(window if kind == SLIDING else None for kind in types)
 
 
 def as_ids(ids: int | list[int] | None) -> tuple[int, ...]:

@@ -4,6 +4,7 @@ Every parameter takes a `stack` of leading axes: `(layers,)` when blocks are sca
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -11,12 +12,18 @@ from flax import nnx
 
 from jaxkv import KVCache
 from jaxkv.cache import Layer
-from models.config import DecoderConfig
+from models.config import Activation, DecoderConfig
+from models.experts import Experts
 from models.rope import rotate
 from pallas_kernels.backends import Backend
 
 Stack = tuple[int, ...]
 Angles = tuple[jax.Array, jax.Array]  # cosine and sine, as models.rope.angles gives them
+
+ACTIVATIONS: dict[Activation, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+}
 
 
 def _weight(rngs: nnx.Rngs, shape: Stack, dtype, fan_in: int) -> nnx.Param:
@@ -33,19 +40,35 @@ def dot(x: jax.Array, w: jax.Array) -> jax.Array:
     return jax.lax.dot_general(x, w, (((x.ndim - 1,), (0,)), ((), ())))
 
 
-class RMSNorm(nnx.Module):
-    """`x / rms(x) * weight`, computed in float32 (arXiv:1910.07467)."""
+def soft_cap(x: jax.Array, cap: float | None) -> jax.Array:
+    """Bounds `x` smoothly, `cap * tanh(x / cap)` (Gemma 2, arXiv:2408.00118); None leaves it."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
 
-    def __init__(self, size: int, eps: float, *, stack: Stack, dtype):
-        self.weight = nnx.Param(jnp.ones((*stack, size), dtype))
-        self.eps = eps
+
+class RMSNorm(nnx.Module):
+    """`x / rms(x) * weight`, computed in float32 (arXiv:1910.07467).
+
+    With `unit_offset` the factor is `1 + weight`, the sum in float32 too: in bfloat16 it would lose
+    most of a small weight.
+    """
+
+    def __init__(self, size: int, eps: float, *, stack: Stack, dtype, unit_offset: bool):
+        start = jnp.zeros if unit_offset else jnp.ones
+        self.weight = nnx.Param(start((*stack, size), dtype))
+        self.eps, self.unit_offset = eps, unit_offset
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Normalises the last axis."""
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
-        weight = self.weight[...].reshape((1,) * (x.ndim - 1) + (-1,))
-        return (y * weight.astype(jnp.float32)).astype(x.dtype)
+        weight = self.weight[...].astype(jnp.float32) + (1 if self.unit_offset else 0)
+        return (y * weight.reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
+
+
+def make_norm(config: DecoderConfig, size: int, *, stack: Stack, dtype) -> RMSNorm:
+    """The architecture's norm of vectors of `size` numbers."""
+    offset = config.unit_offset_norms
+    return RMSNorm(size, config.norm_eps, stack=stack, dtype=dtype, unit_offset=offset)
 
 
 class Attention(nnx.Module):
@@ -62,10 +85,13 @@ class Attention(nnx.Module):
         out = (*stack, config.q_heads * config.head_dim, config.hidden_size)
         self.out = _weight(rngs, out, dtype, out[-2])
         self.out_bias = _bias(config.output_bias, (*stack, config.hidden_size), dtype)
-        norm = functools.partial(RMSNorm, eps=config.norm_eps, stack=stack, dtype=dtype)
-        self.q_norm = norm(config.head_dim) if config.qk_norm else None
-        self.k_norm = norm(config.head_dim) if config.qk_norm else None
+        norm = lambda: make_norm(config, config.head_dim, stack=stack, dtype=dtype)
+        self.q_norm = norm() if config.qk_norm else None
+        self.k_norm = norm() if config.qk_norm else None
+        sinks = config.attention_sinks
+        self.sinks = _bias(sinks, (*stack, config.q_heads), dtype)  # logits, not keys
         self.group = config.group
+        self.scale, self.soft_cap = config.attention_scale, config.attention_soft_cap
 
     def __call__(
         self,
@@ -90,6 +116,9 @@ class Attention(nnx.Module):
             rotate(q, angles),
             rotate(k, angles),
             v,
+            scale=self.scale,
+            soft_cap=self.soft_cap,
+            sink_logits=None if self.sinks is None else self.sinks[...].astype(jnp.float32),
             q_sink=None if sink_angles is None else rotate(q, sink_angles),
             backend=backend,
         )
@@ -100,7 +129,7 @@ class Attention(nnx.Module):
 
 
 class GatedMLP(nnx.Module):
-    """`down(silu(gate(x)) * up(x))` (SwiGLU, arXiv:2002.05202), gate and up in one matrix."""
+    """`down(act(gate(x)) * up(x))` (arXiv:2002.05202), gate and up in one matrix."""
 
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs, *, stack: Stack, dtype):
         hidden, inner = config.hidden_size, config.intermediate_size
@@ -108,25 +137,28 @@ class GatedMLP(nnx.Module):
         self.gate_up_bias = _bias(config.mlp_bias, (*stack, 2, inner), dtype)
         self.down = _weight(rngs, (*stack, inner, hidden), dtype, inner)
         self.down_bias = _bias(config.mlp_bias, (*stack, hidden), dtype)
+        self.activation: Activation = config.activation
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps `[batch, tokens, hidden]` to the same shape."""
         y = dot(x, self.gate_up[...])
         if self.gate_up_bias is not None:
             y = y + self.gate_up_bias[...][None, None]
-        y = dot(jax.nn.silu(y[:, :, 0]) * y[:, :, 1], self.down[...])
+        y = dot(ACTIVATIONS[self.activation](y[:, :, 0]) * y[:, :, 1], self.down[...])
         return y if self.down_bias is None else y + self.down_bias[...][None, None]
 
 
 class Block(nnx.Module):
-    """One pre-norm transformer layer."""
+    """One pre-norm transformer layer, with norms behind attention and MLP too where asked for."""
 
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs, *, stack: Stack = (), dtype):
-        norm = functools.partial(RMSNorm, eps=config.norm_eps, stack=stack, dtype=dtype)
-        self.attention_norm = norm(config.hidden_size)
+        norm = lambda: make_norm(config, config.hidden_size, stack=stack, dtype=dtype)
+        self.attention_norm = norm()
         self.attention = Attention(config, rngs, stack=stack, dtype=dtype)
-        self.mlp_norm = norm(config.hidden_size)
-        self.mlp = GatedMLP(config, rngs, stack=stack, dtype=dtype)
+        self.attention_out_norm = norm() if config.sandwich_norms else None
+        self.mlp_norm = norm()
+        self.mlp = make_mlp(config, rngs, stack=stack, dtype=dtype)
+        self.mlp_out_norm = norm() if config.sandwich_norms else None
 
     def __call__(
         self,
@@ -136,10 +168,25 @@ class Block(nnx.Module):
         angles: Angles,
         sink_angles: Angles | None,
         backend: Backend | None,
+        *,
+        place: jax.Array | None = None,
     ) -> tuple[jax.Array, KVCache]:
-        """Adds attention, then the MLP, to the residual stream `[batch, tokens, hidden]`."""
+        """Adds attention, then the MLP, to the residual stream `[batch, tokens, hidden]`.
+
+        `place` says which of the stacked experts are this layer's; None where none are stacked.
+        """
         y, cache = self.attention(
             self.attention_norm(x), cache, layer, angles, sink_angles, backend
         )
-        x = x + y
-        return x + self.mlp(self.mlp_norm(x)), cache
+        x = x + (y if self.attention_out_norm is None else self.attention_out_norm(y))
+        y = self.mlp_norm(x)
+        y = self.mlp(y, place) if isinstance(self.mlp, Experts) else self.mlp(y)
+        return x + (y if self.mlp_out_norm is None else self.mlp_out_norm(y)), cache
+
+
+def make_mlp(config: DecoderConfig, rngs: nnx.Rngs, *, stack: Stack, dtype) -> "GatedMLP | Experts":
+    """What follows the attention: one MLP, or a mixture of experts."""
+    if config.experts is None:
+        return GatedMLP(config, rngs, stack=stack, dtype=dtype)
+    hidden, inner = config.hidden_size, config.intermediate_size
+    return Experts(config.experts, hidden, inner, rngs, stack=stack, dtype=dtype)

@@ -1,7 +1,7 @@
 """Llama 2 and 3 (arXiv:2307.09288, arXiv:2407.21783), and models of their shape (SmolLM2)."""
 
 from models.config import DecoderConfig
-from models.hf_config import common, layer_windows
+from models.hf_config import common, whole
 
 
 def decoder_config(hf: dict) -> DecoderConfig:
@@ -9,7 +9,7 @@ def decoder_config(hf: dict) -> DecoderConfig:
     bias = hf.get("attention_bias", False)
     return common(
         hf,
-        windows=layer_windows(hf, uses_window=False),
+        windows=(None,) * whole(hf, "num_hidden_layers"),
         attention_bias=bias,
         output_bias=bias,
         mlp_bias=hf.get("mlp_bias", False),

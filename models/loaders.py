@@ -1,6 +1,6 @@
-"""Fills a `Decoder` from a checkpoint: a table of which tensors make which parameter."""
+"""Fills a `Decoder` from a checkpoint, tensor by tensor, without holding the model twice."""
 
-import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 
 import jax
@@ -8,27 +8,25 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from models import llama, mistral, qwen3
+from models import gemma, gpt_oss, llama, mistral, qwen3
 from models.checkpoints import Checkpoint, CheckpointError
 from models.config import DecoderConfig
 from models.decoder import Decoder
+from models.recipes import PREFIXES, Path, Prefix, Recipe, recipe_table
 
 ARCHITECTURES: dict[str, Callable[[dict], DecoderConfig]] = {
     "llama": llama.decoder_config,
     "mistral": mistral.decoder_config,
     "qwen3": qwen3.decoder_config,
+    "gemma2": gemma.gemma2_config,
+    "gemma3_text": gemma.gemma3_config,
+    "gemma3": gemma.gemma3_multimodal_config,
+    "gpt_oss": gpt_oss.decoder_config,
 }
+SKIPPED = {"gemma3": gemma.IMAGE_TENSORS}  # how names begin that are no part of the decoder
+DERIVED = "rotary_emb.inv_freq"  # how names of buffers end that old exports carry
 
-Path = tuple[str, ...]
-Progress = Callable[[int, int], None]  # tensors done, of how many
-
-
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-    """One parameter of a block (or of the model) from tensors of the checkpoint."""
-
-    sources: dict[str, tuple[int, ...]]  # name and shape as the checkpoint has them
-    build: Callable[..., np.ndarray]  # from their values, to the parameter's shape
+Progress = Callable[[int, int], None]  # bytes of the file read, of how many
 
 
 def architecture_config(hf: dict) -> DecoderConfig:
@@ -46,121 +44,116 @@ def load_decoder(
     scan: bool,
     progress: Progress | None = None,
 ) -> Decoder:
-    """Builds the model and fills every parameter, tensor by tensor.
+    """Builds the model and fills every parameter.
+
+    Host memory holds one tensor at a time, on a CPU the model as well: files are mapped, a read
+    tensor's pages are given back, and a stack of layers is filled in place, layer by layer.
 
     Raises:
       CheckpointError: an unknown architecture; a missing, extra or misshaped tensor, by name.
     """
     config = architecture_config(checkpoint.config)
+    recipes = recipe_table(config, find_prefix(checkpoint))
+    check_names(checkpoint, recipes, config.layers)
     model = nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(0), scan=scan, dtype=dtype))
     graph, state = nnx.split(model)
-    recipes = recipe_table(config)
-    _check_names(checkpoint, recipes)
-    parameters = nnx.to_flat_state(state)
+    read = _Reader(checkpoint, [name for name, _ in tensor_names(recipes, config.layers)], progress)
     filled = []
-    for done, (path, parameter) in enumerate(parameters):
-        value = _fill(checkpoint, recipes, path, parameter.get_value(), config.layers)
+    for path, parameter in nnx.to_flat_state(state):
+        own, layers, stacked = _place(path, model)
+        value = _fill(read, recipes[own], parameter.get_value(), layers, stacked=stacked)
         filled.append((path, parameter.replace(value)))
-        if progress is not None:
-            progress(done + 1, len(parameters))
     return nnx.merge(graph, nnx.from_flat_state(filled))
 
 
-def recipe_table(config: DecoderConfig) -> dict[Path, Recipe]:
-    """Every parameter's recipe; a block's names have `{layer}` where the number stands."""
-    hidden, inner, dim = config.hidden_size, config.intermediate_size, config.head_dim
-    heads = {"q": config.q_heads, "k": config.kv_heads, "v": config.kv_heads}
-    layer = "model.layers.{layer}."
-    attention, mlp = layer + "self_attn.", layer + "mlp."
-
-    def by_kv_head(q, k, v):  # [heads * dim, ...] each, to [kv_heads, group + 2, dim, ...]
-        split = lambda x: x.reshape(config.kv_heads, -1, dim, *x.shape[1:])
-        return np.concatenate([split(q), split(k), split(v)], axis=1)
-
-    def one(name: str, *shape: int, build=lambda x: x) -> Recipe:
-        return Recipe({name: shape}, build)
-
-    table = {
-        ("embedding",): one("model.embed_tokens.weight", config.vocab_size, hidden),
-        ("norm", "weight"): one("model.norm.weight", hidden),
-        ("attention_norm", "weight"): one(layer + "input_layernorm.weight", hidden),
-        ("mlp_norm", "weight"): one(layer + "post_attention_layernorm.weight", hidden),
-        ("attention", "qkv"): Recipe(
-            {attention + f"{x}_proj.weight": (n * dim, hidden) for x, n in heads.items()},
-            lambda q, k, v: np.moveaxis(by_kv_head(q, k, v), -1, 0),
-        ),
-        ("attention", "out"): one(
-            attention + "o_proj.weight", hidden, config.q_heads * dim, build=np.transpose
-        ),
-        ("mlp", "gate_up"): Recipe(
-            {mlp + f"{x}_proj.weight": (inner, hidden) for x in ("gate", "up")},
-            lambda gate, up: np.moveaxis(np.stack([gate, up]), -1, 0),
-        ),
-        ("mlp", "down"): one(mlp + "down_proj.weight", hidden, inner, build=np.transpose),
-    }
-    if not config.tie_embeddings:
-        table[("head",)] = one("lm_head.weight", config.vocab_size, hidden)
-    if config.attention_bias:
-        table[("attention", "qkv_bias")] = Recipe(
-            {attention + f"{x}_proj.bias": (n * dim,) for x, n in heads.items()}, by_kv_head
-        )
-    if config.output_bias:
-        table[("attention", "out_bias")] = one(attention + "o_proj.bias", hidden)
-    if config.mlp_bias:
-        table[("mlp", "gate_up_bias")] = Recipe(
-            {mlp + f"{x}_proj.bias": (inner,) for x in ("gate", "up")},
-            lambda gate, up: np.stack([gate, up]),
-        )
-        table[("mlp", "down_bias")] = one(mlp + "down_proj.bias", hidden)
-    if config.qk_norm:
-        for x in "qk":
-            table[("attention", f"{x}_norm", "weight")] = one(attention + f"{x}_norm.weight", dim)
-    return table
+def find_prefix(checkpoint: Checkpoint) -> Prefix:
+    """How the names of this checkpoint begin; the usual way if it has no embedding at all."""
+    embedding = lambda prefix: prefix.model + "embed_tokens.weight"
+    return next((p for p in PREFIXES if embedding(p) in checkpoint.tensors), PREFIXES[0])
 
 
-def _names(recipes: dict[Path, Recipe], layers: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+def tensor_names(recipes: dict[Path, Recipe], layers: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Every tensor that the recipes read, with its shape."""
     for recipe in recipes.values():
         for name, shape in recipe.sources.items():
             for layer in range(layers) if "{layer}" in name else (0,):
                 yield name.format(layer=layer), shape
 
 
-def _check_names(checkpoint: Checkpoint, recipes: dict[Path, Recipe]) -> None:
-    """Every expected tensor is there with its shape, and nothing else is."""
-    expected = dict(_names(recipes, checkpoint.config["num_hidden_layers"]))
+def check_names(checkpoint: Checkpoint, recipes: dict[Path, Recipe], layers: int) -> None:
+    """Every expected tensor is there with its shape, and nothing else is.
+
+    Raises:
+      CheckpointError: the first that is missing, misshaped or left over, by name.
+    """
+    expected = dict(tensor_names(recipes, layers))
     for name, shape in expected.items():
         if name not in checkpoint.tensors:
             raise CheckpointError(f"{checkpoint.path}: has no tensor {name!r}.")
         found = tuple(checkpoint.shape(name))
         if found != shape:
             raise CheckpointError(f"{checkpoint.path}: {name!r} is {found} and must be {shape}.")
-    # Derived buffers that old exports carry; a tied head is stored twice by some.
-    spare = {"lm_head.weight"} if ("head",) not in recipes else set()
-    for name in checkpoint.tensors:
-        if name not in expected and name not in spare and not name.endswith("rotary_emb.inv_freq"):
+    # A tied head is stored twice by some.
+    spare = set() if ("head",) in recipes else {prefix.head for prefix in PREFIXES}
+    skipped = SKIPPED.get(checkpoint.config["model_type"], ())
+    for name in checkpoint.tensors.keys() - expected.keys() - spare:
+        if not name.startswith(skipped) and not name.endswith(DERIVED):
             raise CheckpointError(f"{checkpoint.path}: tensor {name!r} belongs to no parameter.")
 
 
+class _Reader:
+    """Reads tensors and counts their bytes."""
+
+    def __init__(self, checkpoint: Checkpoint, names: list[str], progress: Progress | None):
+        self.checkpoint, self.progress = checkpoint, progress
+        self.done, self.total = 0, sum(checkpoint.tensors[name].nbytes for name in names)
+
+    def build(self, recipe: Recipe, layer: int, dtype: np.dtype) -> np.ndarray:
+        """One layer's parameter; it may lie in the mapped file."""
+        names = [name.format(layer=layer) for name in recipe.sources]
+        values = [self.checkpoint.read(name) for name in names]
+        for name, value in zip(names, values, strict=True):
+            if (value.dtype.kind in "iub") != (dtype.kind in "iub"):
+                raise CheckpointError(
+                    f"{self.checkpoint.path}: {name!r} is {value.dtype} and can't become {dtype}."
+                )
+        return np.ascontiguousarray(recipe.build(*values), dtype)
+
+    def release(self, recipe: Recipe, layer: int) -> None:
+        """Says that the values which `build` returned last are no longer needed."""
+        for name in recipe.sources:
+            tensor = self.checkpoint.tensors[name.format(layer=layer)]
+            tensor.release()
+            self.done += tensor.nbytes
+        if self.progress is not None:
+            self.progress(self.done, self.total)
+
+
+def _place(path: tuple, model: Decoder) -> tuple[Path, range, bool]:
+    """A parameter's path within its block, the layers it holds, and whether they are stacked."""
+    period, scanned = len(model.pattern), model.repeats * len(model.pattern)
+    if path[0] == "pattern":
+        return path[2:], range(path[1], scanned, period), True
+    if path[0] == "layers":
+        return path[2:], range(scanned + path[1], scanned + path[1] + 1), False
+    return path, range(1), False  # the model's own: its names have no layer
+
+
 def _fill(
-    checkpoint: Checkpoint,
-    recipes: dict[Path, Recipe],
-    path: tuple,
-    abstract: jax.ShapeDtypeStruct,
-    layers: int,
+    read: _Reader, recipe: Recipe, abstract: jax.ShapeDtypeStruct, layers: range, *, stacked: bool
 ) -> jax.Array:
-    """Reads one parameter; a scanned block's is stacked over the layers."""
-    scanned = path[0] == "layers" and not isinstance(path[1], int)
-    single = path[1] if path[0] == "layers" and not scanned else 0
-    own = path if path[0] != "layers" else path[1:] if scanned else path[2:]
-    recipe = recipes[tuple(own)]
+    """Reads one parameter."""
+    out = jnp.zeros(abstract.shape, abstract.dtype) if stacked else None
+    for place, layer in enumerate(layers):
+        value = read.build(recipe, layer, abstract.dtype)
+        out = jnp.array(value) if out is None else _put(out, value, np.int32(place))
+        out.block_until_ready()  # or host copies of many layers wait for the device
+        read.release(recipe, layer)
+    assert out is not None
+    return out
 
-    def read(layer: int) -> np.ndarray:
-        return recipe.build(*(checkpoint.read(name.format(layer=layer)) for name in recipe.sources))
 
-    out = np.empty(abstract.shape, abstract.dtype)
-    if scanned:
-        for layer in range(layers):
-            out[layer] = read(layer)
-    else:
-        out[...] = read(single)
-    return jnp.asarray(out)
+@functools.partial(jax.jit, donate_argnums=0)
+def _put(stack: jax.Array, value: jax.Array, place: jax.Array) -> jax.Array:
+    """`stack` with `value` at `place` of its first axis; `stack` is donated."""
+    return jax.lax.dynamic_update_index_in_dim(stack, value, place, axis=0)

@@ -21,14 +21,20 @@ POSITIVE = (
     "low_freq_factor",
     "high_freq_factor",
     "original_max_position_embeddings",
+    "beta_fast",
+    "beta_slow",
+    "attention_factor",
 )
+YARN_OPTIONAL = ("beta_fast", "beta_slow", "attention_factor")  # null is as good as missing
+KINDS = ("default", "linear", "llama3", "yarn")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rope:
-    """Rotation frequencies of one kind of layer, radians per token, fastest first."""
+    """Rotation of one kind of layer."""
 
-    frequencies: tuple[float, ...]  # head_dim / 2 of them
+    frequencies: tuple[float, ...]  # head_dim / 2 of them, radians per token, fastest first
+    scale: float = 1.0  # of rotated queries and keys, so of scores twice (YaRN's temperature)
 
     @property
     def steps(self) -> np.ndarray:
@@ -42,16 +48,23 @@ def make_rope(head_dim: int, parameters: dict) -> Rope:
 
     Args:
       head_dim: channels that are rotated, an even number.
-      parameters: `rope_type` ("default", "linear", "llama3", or "factors" with explicit divisors,
-        as GGUF files have them), `rope_theta`, and what the type needs.
+      parameters: `rope_type` ("default", "linear", "llama3", "yarn", or "factors" with explicit
+        divisors, as GGUF files have them), `rope_theta`, and what the type needs.
 
     Raises:
       ValueError: an unknown type, or a parameter that is missing or no number above 0.
     """
     kind = parameters.get("rope_type", "default")
     for name, value in parameters.items():
-        if name in POSITIVE and not (isinstance(value, int | float) and value > 0):
+        unset = value is None and name in YARN_OPTIONAL
+        if name in POSITIVE and not unset and not (isinstance(value, int | float) and value > 0):
             raise ValueError(f"{name}={value!r} must be a number above 0.")
+    if not isinstance(truncate := parameters.get("truncate", True), bool):
+        raise ValueError(f"{truncate=} must be true or false.")
+    for name in ("mscale", "mscale_all_dim"):
+        if not isinstance(value := parameters.get(name) or 0, int | float) or value < 0:
+            raise ValueError(f"{name}={value!r} must be a number, not negative.")
+    scale = 1.0
     try:
         theta = float(parameters["rope_theta"])
         frequency = theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
@@ -61,13 +74,16 @@ def make_rope(head_dim: int, parameters: dict) -> Rope:
             frequency = frequency / float(parameters["factor"])
         elif kind == "llama3":
             frequency = _llama3(frequency, parameters)
+        elif kind == "yarn":
+            frequency = _yarn(frequency, theta, parameters)
+            scale = _yarn_scale(parameters)
         elif kind == "factors":
             frequency = frequency / np.asarray(parameters["factors"], np.float64)
         else:
-            raise ValueError(f"rope_type={kind!r} must be default, linear or llama3.")
+            raise ValueError(f"rope_type={kind!r} must be one of {', '.join(KINDS)}.")
     except KeyError as missing:
         raise ValueError(f"rope_type={kind!r} needs the parameter {missing}.") from None
-    return Rope(frequencies=tuple(frequency.tolist()))
+    return Rope(frequencies=tuple(frequency.tolist()), scale=scale)
 
 
 def _llama3(frequency: np.ndarray, parameters: dict) -> np.ndarray:
@@ -78,8 +94,42 @@ def _llama3(frequency: np.ndarray, parameters: dict) -> np.ndarray:
     return frequency * (kept + (1 - kept) / parameters["factor"])
 
 
+def _yarn(frequency: np.ndarray, theta: float, parameters: dict) -> np.ndarray:
+    """YaRN (arXiv:2309.00071): channels of many turns are kept, of few stretched by `factor`.
+
+    Channel pairs between those that turn `beta_fast` and `beta_slow` times in the original context
+    are mixed linearly by their number; `truncate` widens that range to whole pairs.
+    """
+    pairs, factor = len(frequency), parameters["factor"]
+    context = parameters["original_max_position_embeddings"]
+
+    def pair_of(turns: float) -> float:  # the pair, not whole, that turns so often
+        return pairs * math.log(context / (turns * 2 * math.pi)) / math.log(theta)
+
+    low = pair_of(parameters.get("beta_fast") or 32)
+    high = pair_of(parameters.get("beta_slow") or 1)
+    if parameters.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, 2 * pairs - 1)
+    high = high if high != low else low + 1e-3  # a step, as published code has it
+    stretched = np.clip((np.arange(pairs) - low) / (high - low), 0, 1)
+    return frequency * (1 - stretched) + frequency / factor * stretched
+
+
+def _yarn_scale(parameters: dict) -> float:
+    """`attention_factor`, or the paper's `0.1 ln(factor) + 1`, weighted as DeepSeek does."""
+    if (given := parameters.get("attention_factor")) is not None:
+        return float(given)
+    temperature = lambda weight: 0.1 * weight * math.log(max(parameters["factor"], 1)) + 1
+    weights = parameters.get("mscale"), parameters.get("mscale_all_dim")
+    return temperature(weights[0]) / temperature(weights[1]) if all(weights) else temperature(1)
+
+
 def angles(rope: Rope, position: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine, `f32[..., head_dim / 2]`, of positions `i32[...]`, not negative."""
+    """Cosine and sine, `f32[..., head_dim / 2]`, of positions `i32[...]`, not negative.
+
+    Both are multiplied by `rope.scale`.
+    """
     shape = (1,) * position.ndim + (len(rope.frequencies),)
 
     def turn(digits: int, position: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -87,7 +137,7 @@ def angles(rope: Rope, position: jax.Array) -> tuple[jax.Array, jax.Array]:
         for power, step in enumerate(rope.steps[:digits]):
             digit = (position // DIGIT**power) % DIGIT
             angle = angle + digit[..., None].astype(jnp.float32) * step.reshape(shape)
-        return jnp.cos(angle), jnp.sin(angle)
+        return rope.scale * jnp.cos(angle), rope.scale * jnp.sin(angle)
 
     # A branch for two reasons: most positions have two digits, and what leaves a branch is an
     # array. Left to itself XLA's CPU code works cosines out again for every layer and head.

@@ -72,27 +72,34 @@ class Tokenizer:
         """An incremental `decode`, for printing a generation as it comes."""
         return TextStream(self, skip_special)
 
-    def apply_chat(self, messages: list[dict[str, Any]]) -> str:
+    def apply_chat(self, messages: list[dict[str, Any]], **variables: Any) -> str:
         """A conversation as the prompt of the assistant's next turn.
 
         Args:
-          messages: dicts with "role" and "content".
+          messages: dicts with "role", "content" and what else the template reads.
+          **variables: of the template: `tools=[...]`, gpt-oss's `reasoning_effort="low"`, Qwen3's
+            `enable_thinking=False`, `add_generation_prompt=False`.
 
         Raises:
-          CheckpointError: there is no chat template, it is broken, or it refuses these messages.
+          CheckpointError: there is no chat template, it is broken, refuses these messages, or
+            does not read one of `variables`.
         """
         if self.chat_template is None:
             raise CheckpointError(f"{self.source}: has no chat template; use a plain prompt.")
         return render_chat(
-            self.chat_template, messages, special_tokens=self.special_tokens, source=self.source
+            self.chat_template,
+            messages,
+            special_tokens=self.special_tokens,
+            source=self.source,
+            variables=variables,
         )
 
     @classmethod
     def from_hf_folder(cls, path: str | Path) -> "Tokenizer":
-        """Reads tokenizer.json and, where they are, the configs and chat_template.jinja.
+        """Reads tokenizer.json and, where they are, the configs and the chat template.
 
         Raises:
-          CheckpointError: there is no tokenizer.json, or a file is damaged.
+          CheckpointError: there is no tokenizer.json, a file is damaged, or they contradict.
         """
         folder = Path(path)
         file = folder / "tokenizer.json"
@@ -108,18 +115,24 @@ class Tokenizer:
         named = {**read_optional("special_tokens_map.json"), **config}
         special = {k: _token_text(v) for k, v in named.items() if k.endswith("_token")}
         special = {k: v for k, v in special.items() if v is not None}
-        model = read_optional("config.json")
-        model |= {k: v for k, v in read_optional("generation_config.json").items() if v is not None}
+        _add_listed_tokens(backend, config.get("added_tokens_decoder"), special, str(folder))
+        whole = read_optional("config.json")
+        text = whole.get("text_config")  # a multimodal model's
+        generation = read_optional("generation_config.json")
+        parts = (text if isinstance(text, dict) else {}, whole, generation)
+        model = {k: v for part in parts for k, v in part.items() if v is not None}
         bos_id = backend.token_to_id(special.get("bos_token", ""))
         if bos_id is None and isinstance(model.get("bos_token_id"), int):
             bos_id = model["bos_token_id"]
         adds_bos = config.get("add_bos_token")
         if adds_bos is None:  # then the post-processor says it
             adds_bos = backend.encode("a").ids[:1] == [bos_id]
-        eos = model.get("eos_token_id")
-        if eos is None:
-            eos = backend.token_to_id(special.get("eos_token", ""))
+        if adds_bos and bos_id is None:
+            raise CheckpointError(f"{folder}: add_bos_token is true, but no bos_token is known.")
+        eos = model.get("eos_token_id", backend.token_to_id(special.get("eos_token", "")))
         eos_ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
+        if not all(type(i) is int and i >= 0 for i in eos_ids):
+            raise CheckpointError(f"{folder}: eos_token_id must be token ids, not {eos!r}.")
         template = _hf_chat_template(folder, config)
         return cls(backend, str(folder), tuple(eos_ids), bos_id, bool(adds_bos), template, special)
 
@@ -226,11 +239,45 @@ def _byte_bpe(tokens: list[str], merges: list[str], types: list[int] | None, pre
     return backend
 
 
+def _add_listed_tokens(backend: Any, listed: Any, special: Mapping[str, str], source: str) -> None:
+    """Adds the tokens that only tokenizer_config.json knows as such, as transformers does.
+
+    `listed` is its "added_tokens_decoder", `{"106": {"content": "<end_of_turn>", ...}}`, whose
+    flags win over tokenizer.json's; `special` are the tokens with a role ("bos_token").
+    """
+    make = import_extra("tokenizers").AddedToken
+    flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
+
+    def read(listed: Any) -> dict[int, Any]:
+        return {
+            int(i): make(token["content"], **{k: bool(token[k]) for k in flags if k in token})
+            for i, token in sorted((listed or {}).items(), key=lambda item: int(item[0]))
+        }
+
+    tokens = _checked(f"{source}: added_tokens_decoder", read, listed)
+    backend.add_tokens(list(tokens.values()))
+    for i, token in tokens.items():
+        actual = backend.token_to_id(token.content)
+        if actual != i:
+            raise CheckpointError(
+                f"{source}: added_tokens_decoder says that {token.content!r} is token {i}, "
+                f"in tokenizer.json it is {actual}."
+            )
+    added = {token.content for token in backend.get_added_tokens_decoder().values()}
+    texts = sorted(set(special.values()) - added)  # plain words of the vocabulary so far
+    backend.add_special_tokens([t for t in texts if backend.token_to_id(t) is not None])
+
+
 def _hf_chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
-    """chat_template.jinja, or the config's template; of a named list the one called "default"."""
+    """chat_template.jinja, else the config's template, else the processor's chat_template.json.
+
+    Of a named list it is the one called "default".
+    """
     if (folder / "chat_template.jinja").exists():
         return read_text(folder / "chat_template.jinja")
     template = config.get("chat_template")
+    if template is None and (folder / "chat_template.json").exists():
+        template = read_json_object(folder / "chat_template.json").get("chat_template")
     if isinstance(template, list):
         named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
         template = named.get("default")

@@ -3,8 +3,9 @@
 import dataclasses
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import tyro
@@ -16,10 +17,12 @@ from rich.table import Table
 import jaxkv
 import models
 from jaxkv.codecs import codec_names, get_codec
+from models.harmony import HarmonyStream, answer_stream
 from models.smollm2 import cache_folder
 from scripts.command import keep_compiled_programs, run_command
 
 Texts = Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="TEXT")]
+Pairs = Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="NAME=VALUE")]
 
 
 @dataclasses.dataclass
@@ -29,6 +32,7 @@ class Args:
     Examples:
       generate.py --model smollm2 --prompt "The capital of France is"
       generate.py --chat --prompt "Why is the sky blue?" --prompt "Name three whales."
+      generate.py --model gpt-oss-20b --chat --template-args reasoning_effort=low --prompt "Hi"
       generate.py --window 256 --sink-tokens 4 --prompt-file book.txt --max-tokens 2000
       generate.py --kv tq4 --prompt-file book.txt
       generate.py --kv help
@@ -42,6 +46,8 @@ class Args:
     """File with one more prompt."""
     chat: bool = False
     """Wrap each prompt in the model's chat template as a user's message."""
+    template_args: Pairs = ()
+    """A variable of the chat template, JSON or plain text; repeat for more."""
     max_tokens: int = 128
     """Most new tokens of each prompt."""
     temperature: float = 0.0
@@ -98,6 +104,20 @@ def read_prompts(args: Args) -> list[str]:
     return prompts
 
 
+def template_variables(pairs: Sequence[str]) -> dict[str, Any]:
+    """The chat template's variables from NAME=VALUE texts; ValueError if one is no pair."""
+    variables = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals or not name.isidentifier():
+            raise ValueError(f"--template-args {pair!r} must be NAME=VALUE.")
+        try:
+            variables[name] = json.loads(value)
+        except json.JSONDecodeError:
+            variables[name] = value
+    return variables
+
+
 def codec_table(head_dim: int, page_size: int) -> Table:
     """Every codec with its bits per value, its compression and what it keeps exact."""
     table = Table(title=f"--kv NAME, at head_dim {head_dim}, page size {page_size}", box=SIMPLE)
@@ -125,6 +145,9 @@ def main(args: Args) -> int:
     ).checked()
     if args.max_tokens < 1:
         raise ValueError(f"--max-tokens {args.max_tokens} must be at least 1.")
+    variables = template_variables(args.template_args)
+    if variables and not args.chat:
+        raise ValueError("--template-args needs --chat.")
     texts = read_prompts(args)
     keep_compiled_programs(cache_folder() / "xla")
     with Progress(console=log, transient=True, disable=not log.is_terminal) as progress:
@@ -138,12 +161,13 @@ def main(args: Args) -> int:
             progress=lambda done, of: progress.update(task, completed=done, total=of),
         )
     if args.chat:
-        chats = [tokenizer.apply_chat([{"role": "user", "content": text}]) for text in texts]
+        asked = [[{"role": "user", "content": text}] for text in texts]
+        chats = [tokenizer.apply_chat(messages, **variables) for messages in asked]
         prompts = [tokenizer.encode(text) for text in chats]
     else:
         prompts = [tokenizer.encode(text) for text in texts]
 
-    streams = [tokenizer.stream() for _ in prompts]
+    streams = [answer_stream(tokenizer, prompt) for prompt in prompts]
     alone = len(prompts) == 1
     pieces: list[list[str]] = [[] for _ in prompts]
 
@@ -203,16 +227,19 @@ def main(args: Args) -> int:
     for group in report:
         log.print(f"{group} on {jax.default_backend()}", style="dim", soft_wrap=True)
     if args.json:
-        print(json.dumps(as_json(texts, outputs, result, report)))
+        said = [s.messages if isinstance(s, HarmonyStream) else None for s in streams]
+        print(json.dumps(as_json(texts, outputs, said, result, report)))
     return 0
 
 
-def as_json(texts, outputs, result, report) -> dict:
+def as_json(texts, outputs, said, result, report) -> dict:
     """Everything that was asked, made and measured, as plain values."""
     return {
         "prompts": texts,
         "tokens": result.tokens,
         "text": outputs,
+        # gpt-oss's channels, apart; null for models without
+        "messages": [m and [dataclasses.asdict(one) for one in m] for m in said],
         "stop_reason": result.stop_reasons,
         "prompt_tokens": result.prompt_tokens,
         "prefill_tokens_per_second": result.prefill_speed,

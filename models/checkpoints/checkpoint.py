@@ -16,11 +16,17 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class LazyTensor:
-    """A tensor in a file: its shape is known, `read()` gives the values."""
+    """A tensor in a mapped file: its shape is known, `read()` gives the values.
+
+    `release()` says that they have been used: memory that the file's pages took is given back. A
+    later read, also through an array that is still held, takes them from the disk again.
+    """
 
     shape: tuple[int, ...]
     dtype: str  # as the file stores it: "BF16", "Q4_1", ...
     read: Callable[[], np.ndarray] = dataclasses.field(repr=False)
+    nbytes: int  # in the file
+    release: Callable[[], None] = dataclasses.field(repr=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,3 +65,13 @@ def map_file(path: Path) -> np.ndarray:
             return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be read: {one_line(error)}.") from error
+
+
+def release_pages(data: np.ndarray, begin: int, end: int) -> None:
+    """Gives back the memory of a mapped file's pages that lie within bytes `begin` to `end`."""
+    mapped = getattr(data.base, "obj", None)  # a memoryview of the map lies between
+    if not isinstance(mapped, mmap.mmap) or not hasattr(mmap, "MADV_DONTNEED"):
+        return  # an empty file, or no Linux: the system drops pages by itself
+    begin = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE
+    if begin < end:
+        mapped.madvise(mmap.MADV_DONTNEED, begin, end - begin)

@@ -4,6 +4,7 @@ Dequantization is the `gguf` package's. GGUF files of the Llama family keep the 
 the order of interleaved RoPE pairs (llama.cpp's converter permutes them); this is undone.
 """
 
+import functools
 import math
 import re
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from models.checkpoints.checkpoint import Checkpoint, LazyTensor, map_file
+from models.checkpoints.checkpoint import Checkpoint, LazyTensor, map_file, release_pages
 from models.checkpoints.errors import CheckpointError, import_extra
 from models.checkpoints.gguf_header import TensorEntry, read_gguf_header
 
@@ -123,7 +124,8 @@ def _lazy_tensor(path: Path, data: np.ndarray, entry: TensorEntry, heads: int | 
                 ) from error
         return values if heads is None else unpermute_rows(values, heads)
 
-    return LazyTensor(entry.shape, kind.name, read)
+    release = functools.partial(release_pages, data, entry.offset, end)
+    return LazyTensor(entry.shape, kind.name, read, end - entry.offset, release)
 
 
 class _Metadata:

@@ -4,6 +4,7 @@ The safetensors format is a length, a JSON header and raw little-endian data. It
 directly: shapes come without reading, and bfloat16 and float8 need no torch.
 """
 
+import functools
 import json
 import math
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from models.checkpoints.checkpoint import Checkpoint, LazyTensor, map_file
+from models.checkpoints.checkpoint import Checkpoint, LazyTensor, map_file, release_pages
 from models.checkpoints.errors import CheckpointError, one_line, read_json_object
 
 SINGLE_FILE = "model.safetensors"
@@ -85,8 +86,10 @@ def open_safetensors(path: Path) -> dict[str, LazyTensor]:
         raise CheckpointError(f"{path}: {state}: expected {expected} bytes, has {len(data)}.")
 
     def lazy(dtype: str, shape: tuple[int, ...], begin: int, end: int) -> LazyTensor:
-        values = data[start + begin : start + end].view(_DTYPES[dtype]).reshape(shape)
-        return LazyTensor(shape, dtype, lambda: values)
+        span = start + begin, start + end
+        values = data[slice(*span)].view(_DTYPES[dtype]).reshape(shape)
+        release = functools.partial(release_pages, data, *span)
+        return LazyTensor(shape, dtype, lambda: values, end - begin, release)
 
     return {name: lazy(*entry) for name, entry in entries.items()}
 

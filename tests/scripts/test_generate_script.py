@@ -48,11 +48,46 @@ def test_a_batch_ends_in_one_json_object(folder, tmp_path):
     assert result["prompts"] == ["one", "prompt two", more.read_text()]
     assert all(0 < len(tokens) <= 9 for tokens in result["tokens"])
     assert len(result["text"]) == len(result["stop_reason"]) == 3
+    assert result["messages"] == [None] * 3
     assert set(result["stop_reason"]) <= {"length", "stop"}
     assert 0 < result["cache_bytes_used"] <= result["cache_bytes_reserved"]
     assert result["prefill_tokens_per_second"] > 0 and result["decode_tokens_per_second"] > 0
     assert "window 16 + 4 sink tokens" in result["layers"][0] and "xla" in result["layers"][0]
     assert "tokens/s" in done.stderr and "MiB used" in done.stderr
+
+
+def test_a_harmony_chat_is_read_by_messages(folder, tmp_path):
+    from tokenizers import AddedToken, Tokenizer, models
+
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    names = ("start", "channel", "message", "end", "call", "return")
+    marks = [f"<|{name}|>" for name in names]
+    by_id = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().__getitem__)
+    vocab = {token: n for n, token in enumerate([*by_id[: -len(marks)], *marks])}
+    tokenizer.model = models.BPE(vocab, [])
+    tokenizer.add_special_tokens([AddedToken(mark) for mark in marks])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "chat_template.jinja").write_text(
+        "<|start|>{{ messages[0].content ~ shouts }}<|start|>assistant<|channel|>final<|message|>"
+    )
+    done = run(
+        "--model", tmp_path, "--prompt", "Hi", "--chat", "--template-args", "shouts=[1]",
+        "--max-tokens", 6, "--json",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    first = result["messages"][0][0]
+    assert (first["channel"], first["recipient"]) == ("final", None)
+    assert result["text"][0].startswith(first["text"])
+    assert result["prompt_tokens"] == len("Hi[1]" + "assistant" + "final") + 4
+
+
+def test_template_arguments_are_json_or_text():
+    pairs = ("effort=low", "thinking=false", 'tools=["a"]', 'year="2024"', "sum=1=1", "no=")
+    assert generate.template_variables(pairs) == {
+        "effort": "low", "thinking": False, "tools": ["a"], "year": "2024", "sum": "1=1", "no": "",
+    }  # fmt: skip
 
 
 def test_standard_input_streams_the_same_text(folder):
@@ -78,6 +113,8 @@ def test_standard_input_streams_the_same_text(folder):
         (["--model", "TINY", "--prompt", "x", "--window", "0"], "window=0 must be at least 1"),
         (["--model", "TINY", "--prompt", "x", "--backend", "tpu"], "no 'tpu' backend"),
         (["--model", "TINY", "--prompt", "x", "--chat"], "chat template"),
+        (["--prompt", "x", "--template-args", "a=1"], "--template-args needs --chat"),
+        (["--prompt", "x", "--chat", "--template-args", "low"], "'low' must be NAME=VALUE"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(folder, args, message):

@@ -1,0 +1,296 @@
+"""Mixture of experts of gpt-oss: a router, and experts that are read only where a token needs them.
+
+Tokens are grouped by expert, so that a weight is read once for a block of tokens, and weights may
+stay packed as MXFP4 in memory.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from models import mxfp4
+
+Layer = int | jax.Array
+
+# Rows of a weight that a CPU reads at a time: 512 x 2880 values stay in its last-level cache.
+CPU_TILE = 512
+# Reading and unpacking an expert takes as long as multiplying it with so many tokens: measured on
+# two AVX-512 cores; for a GPU worked out from an H100's bandwidth and bfloat16 rate.
+UNPACK_TOKENS = {"cpu": 16, "gpu": 400}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExpertsConfig:
+    """Static description of an `Experts` layer.
+
+    Attributes:
+      experts: how many there are.
+      top_k: experts a token is sent to.
+      alpha: slope of the sigmoid in the activation.
+      limit: bound of gate and up before the activation.
+      packed: weights are MXFP4 blocks in memory, dequantized as they are used.
+    """
+
+    experts: int
+    top_k: int
+    alpha: float
+    limit: float
+    packed: bool
+
+    def __post_init__(self):
+        if not 1 <= self.top_k <= self.experts:
+            raise ValueError(f"top_k={self.top_k} must be 1 to experts={self.experts}.")
+
+
+class ExpertParam(nnx.Param):
+    """A weight of which a call reads a few experts only.
+
+    A scan over layers must not slice it (the slice of a layer is a copy of all its experts): split
+    these off by type, pass them whole and say which layer.
+    """
+
+
+class Experts(nnx.Module):
+    """Router and experts of gpt-oss (arXiv:2508.10925).
+
+    The `top_k` largest router logits are softmaxed among themselves and weigh the experts'
+    outputs, `down(gate * sigmoid(alpha * gate) * (up + 1))` with `gate <= limit` and
+    `|up| <= limit`. Router logits are float32.
+
+    Parameters, each with the leading `stack` axes; experts keep the published layout, in which
+    gate and up are interleaved (even columns gate, odd up):
+      router: `[hidden, experts]` (published transposed), `router_bias`: `[experts]`;
+      gate_up_bias: `[experts, 2 * inner]`, `down_bias`: `[experts, hidden]`;
+      not packed: `gate_up`: `[experts, hidden, 2 * inner]`, `down`: `[experts, inner, hidden]`;
+      packed: `gate_up_blocks`: `u8[experts, 2 * inner, hidden / 32, 16]`, `gate_up_scales`:
+      `u8[experts, 2 * inner, hidden / 32]`, `down_blocks`: `u8[experts, hidden, inner / 32, 16]`,
+      `down_scales`: `u8[experts, hidden, inner / 32]`.
+
+    Under a scan over layers build it with `stack=(layers,)`, keep it out of the scanned arrays and
+    call it with the layer's index; every parameter is an `ExpertParam`:
+
+        graph, experts, others = nnx.split(blocks, ExpertParam, ...)
+        # in the body, for the others' slice of layer i:
+        nnx.merge(graph, experts, others_i).mlp(x, i)
+
+    Args:
+      config: sizes and activation.
+      hidden: size of a token.
+      inner: size inside an expert.
+      rngs: for random weights.
+      stack: `()`, or `(layers,)` to hold the weights of several layers.
+      dtype: of the weights that are not packed. JAX 0.10's CPU compiler makes a float32 copy of all
+        experts that are plain bfloat16 in every call; float32 and packed ones it reads in place.
+
+    Raises:
+      ValueError: packed sizes that are no multiples of 32.
+    """
+
+    def __init__(
+        self,
+        config: ExpertsConfig,
+        hidden: int,
+        inner: int,
+        rngs: nnx.Rngs,
+        *,
+        stack: tuple[int, ...] = (),
+        dtype,
+    ):
+        if config.packed and (hidden % mxfp4.BLOCK or inner % mxfp4.BLOCK):
+            raise ValueError(f"{hidden=} and {inner=} must be multiples of {mxfp4.BLOCK}.")
+        if len(stack) > 1:
+            raise ValueError(f"{stack=} must have at most one axis.")
+        self.config, self.stacked = config, bool(stack)
+        each = (*stack, config.experts)
+
+        def normal(*shape: int, fan_in: int) -> ExpertParam:
+            scale = jnp.asarray(fan_in**-0.5, dtype)
+            return ExpertParam(jax.random.normal(rngs.params(), shape, dtype) * scale)
+
+        def random_bytes(*shape: int) -> ExpertParam:
+            return ExpertParam(jax.random.bits(rngs.params(), shape, jnp.uint8))
+
+        def scales(*shape: int, fan_in: int) -> ExpertParam:
+            exponent = 127 - round(math.log2(3 * fan_in**0.5))  # random codes have rms 3
+            return ExpertParam(jnp.full(shape, exponent, jnp.uint8))
+
+        self.router = normal(*stack, hidden, config.experts, fan_in=hidden)
+        self.router_bias = ExpertParam(jnp.zeros(each, dtype))
+        self.gate_up_bias = ExpertParam(jnp.zeros((*each, 2 * inner), dtype))
+        self.down_bias = ExpertParam(jnp.zeros((*each, hidden), dtype))
+        if config.packed:
+            into, out_of = hidden // mxfp4.BLOCK, inner // mxfp4.BLOCK
+            self.gate_up_blocks = random_bytes(*each, 2 * inner, into, mxfp4.BLOCK_BYTES)
+            self.gate_up_scales = scales(*each, 2 * inner, into, fan_in=hidden)
+            self.down_blocks = random_bytes(*each, hidden, out_of, mxfp4.BLOCK_BYTES)
+            self.down_scales = scales(*each, hidden, out_of, fan_in=inner)
+        else:
+            self.gate_up = normal(*each, hidden, 2 * inner, fan_in=hidden)
+            self.down = normal(*each, inner, hidden, fan_in=inner)
+
+    def __call__(self, x: jax.Array, layer: Layer | None = None) -> jax.Array:
+        """Maps `[batch, tokens, hidden]` to the same shape; rows are independent.
+
+        Args:
+          x: the tokens.
+          layer: which of the stacked layers; None where nothing is stacked.
+        """
+        if self.stacked != (layer is not None):
+            raise ValueError(f"{layer=} must be given for stacked weights and for no others.")
+        layer = 0 if layer is None else layer
+        tokens = x.reshape(-1, x.shape[-1])
+        experts, weights = self._route(tokens, layer)
+        groups = group_by_expert(experts, self.config.experts)
+        out = self._run(tokens, groups, layer)[groups.place]  # [tokens, top_k, hidden]
+        out = jnp.einsum("tk,tkd->td", weights, out, preferred_element_type=jnp.float32)
+        return out.astype(x.dtype).reshape(x.shape)
+
+    def _route(self, tokens: jax.Array, layer: Layer) -> tuple[jax.Array, jax.Array]:
+        """Experts `i32[tokens, top_k]` and their weights `f32[tokens, top_k]`."""
+        router, bias = self._layer(self.router, layer), self._layer(self.router_bias, layer)
+        router, bias, tokens = (v.astype(jnp.float32) for v in (router, bias, tokens))
+        logits, experts = jax.lax.top_k(tokens @ router + bias[None], self.config.top_k)
+        return experts, jax.nn.softmax(logits, axis=-1)
+
+    def _run(self, tokens: jax.Array, groups: "Groups", layer: Layer) -> jax.Array:
+        """Outputs of token-expert pairs in grouped order, `[pairs + block - 1, hidden]`."""
+
+        def run_block(b, out):
+            expert, start = groups.find(b)
+            x = tokens[jax.lax.dynamic_slice(groups.token, (start,), (groups.block,))]
+            y = self._expert(x.T, layer * self.config.experts + expert).T.astype(out.dtype)
+            # What a block writes past its expert's rows is garbage that the next one overwrites.
+            return jax.lax.dynamic_update_slice(out, y, (start, 0))
+
+        out = jnp.zeros((groups.token.size, tokens.shape[1]), tokens.dtype)
+        return jax.lax.fori_loop(0, groups.blocks, run_block, out)
+
+    def _expert(self, x: jax.Array, index: jax.Array) -> jax.Array:
+        """One expert on a block of tokens, `[hidden, block]`."""
+        y = self._project("gate_up", x, index)
+        gate = jnp.minimum(y[0::2], self.config.limit)
+        up = jnp.clip(y[1::2], -self.config.limit, self.config.limit)
+        y = gate * jax.nn.sigmoid(self.config.alpha * gate) * (up + 1)
+        return self._project("down", y.astype(x.dtype), index)
+
+    def _project(self, name: str, x: jax.Array, index: jax.Array) -> jax.Array:
+        """`weight.T @ x + bias` of one expert in float32, `[in, block]` to `[out, block]`."""
+        bias = self._flat(name + "_bias")[index].astype(jnp.float32)[:, None]
+        if jax.default_backend() == "cpu":
+            x = x.astype(jnp.float32)  # its products of bfloat16 are slower, or missing
+        multiply = self._multiply_packed if self.config.packed else self._multiply_plain
+        return multiply(name, x, index, bias.size) + bias
+
+    def _multiply_packed(self, name: str, x: jax.Array, index: jax.Array, size: int) -> jax.Array:
+        """By tiles of outputs, the packed layout's rows: `f32[size, block]`."""
+        tile, tiles = _tiles(size)
+        blocks, scales = self._flat(name + "_blocks"), self._flat(name + "_scales")
+
+        def write_tile(t, y):
+            start = jnp.minimum(t * tile, size - tile)  # the last tile overlaps the one before
+            part = mxfp4.multiply(
+                _expert_rows(blocks, index, start, tile),
+                _expert_rows(scales, index, start, tile),
+                x,
+            )
+            return jax.lax.dynamic_update_slice(y, part, (start, 0))
+
+        y = jnp.zeros((size, x.shape[1]), jnp.float32)
+        return jax.lax.fori_loop(0, tiles, write_tile, y)
+
+    def _multiply_plain(self, name: str, x: jax.Array, index: jax.Array, size: int) -> jax.Array:
+        """By tiles of inputs, the plain layout's rows: `f32[size, block]`."""
+        tile, tiles = _tiles(x.shape[0])
+        weight, rows = self._flat(name), x.T
+
+        def add_tile(t, y):
+            start = jnp.minimum(t * tile, x.shape[0] - tile)
+            new = start + jnp.arange(tile) >= t * tile  # the last tile overlaps the one before
+            part = jax.lax.dynamic_slice(rows, (0, start), (rows.shape[0], tile))
+            part = jnp.where(new[None], part, 0)
+            w = _expert_rows(weight, index, start, tile)
+            return y + jnp.dot(part, w.astype(x.dtype), preferred_element_type=jnp.float32)
+
+        y = jnp.zeros((x.shape[1], size), jnp.float32)
+        return jax.lax.fori_loop(0, tiles, add_tile, y).T
+
+    def _layer(self, parameter: nnx.Param, layer: Layer) -> jax.Array:
+        return parameter[...][layer] if self.stacked else parameter[...]
+
+    def _flat(self, name: str) -> jax.Array:
+        """A weight with all layers' experts on one axis: one slice reads one expert of a layer."""
+        value = getattr(self, name)[...]
+        return value.reshape(-1, *value.shape[2:]) if self.stacked else value
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Groups:
+    """Token-expert pairs in order of experts, cut into blocks of one expert each."""
+
+    token: (
+        jax.Array
+    )  # i32[pairs + block - 1], the token of each pair in grouped order, then padding
+    place: jax.Array  # i32[tokens, top_k], where a token's pairs stand in that order
+    first_pair: jax.Array  # i32[experts]
+    last_block: jax.Array  # i32[experts], exclusive
+    first_block: jax.Array  # i32[experts]
+    block: int = dataclasses.field(metadata=dict(static=True))  # pairs in a block
+
+    @property
+    def blocks(self) -> jax.Array:
+        """Blocks in use; only the experts that they name are read."""
+        return self.last_block[-1]
+
+    def find(self, b: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Block b's expert and its first pair."""
+        expert = jnp.sum(self.last_block <= b)
+        return expert, self.first_pair[expert] + (b - self.first_block[expert]) * self.block
+
+
+def group_by_expert(experts: jax.Array, count: int) -> Groups:
+    """Groups `experts`, `i32[tokens, top_k]`, of which there are `count`."""
+    pairs, top_k = experts.size, experts.shape[1]
+    block = block_size(experts.shape[0], pairs / count)
+    flat = experts.reshape(-1)
+    order = jnp.argsort(flat, stable=True).astype(jnp.int32)
+    place = jnp.zeros_like(order).at[order].set(jnp.arange(pairs, dtype=jnp.int32))
+    sizes = jnp.sum(flat[:, None] == jnp.arange(count)[None], axis=0, dtype=jnp.int32)
+    blocks = (sizes + block - 1) // block
+    last_block = jnp.cumsum(blocks, dtype=jnp.int32)
+    return Groups(
+        token=jnp.pad(order // top_k, (0, block - 1)),
+        place=place.reshape(experts.shape),
+        first_pair=jnp.cumsum(sizes, dtype=jnp.int32) - sizes,
+        last_block=last_block,
+        first_block=last_block - blocks,
+        block=block,
+    )
+
+
+def _expert_rows(weight: jax.Array, index: jax.Array, start: jax.Array, size: int) -> jax.Array:
+    """`weight[index, start : start + size]`."""
+    places = (index, start) + (0,) * (weight.ndim - 2)
+    return jax.lax.dynamic_slice(weight, places, (1, size, *weight.shape[2:]))[0]
+
+
+def _tiles(size: int) -> tuple[int, int]:
+    """Rows of a weight that are read at a time, and how many times: all at once but on a CPU."""
+    tile = min(size, CPU_TILE) if jax.default_backend() == "cpu" else size
+    return tile, -(-size // tile)
+
+
+def block_size(tokens: int, per_expert: float) -> int:
+    """Pairs in a block, a power of two.
+
+    An expert with c pairs takes about c / block + 1 / 2 blocks, each of which costs an unpacking
+    and a product: `(c / block + 1 / 2) * (unpack + block)` is least at `sqrt(2 * c * unpack)`.
+    A token counts once for an expert, so more than all tokens are never needed.
+    """
+    best = math.sqrt(
+        2 * per_expert * UNPACK_TOKENS["cpu" if jax.default_backend() == "cpu" else "gpu"]
+    )
+    return 1 << math.ceil(math.log2(max(1, min(best, tokens))))

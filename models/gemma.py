@@ -1,0 +1,113 @@
+"""Gemma 2 and 3, text (arXiv:2408.00118, arXiv:2503.19786).
+
+Sliding layers between full ones, norms of `1 + weight` before and behind attention and MLP, scaled
+embeddings, a tied head. Gemma 2 bounds scores and logits; Gemma 3 normalises queries and keys
+instead and rotates sliding layers by a base of their own.
+"""
+
+from models.checkpoints import CheckpointError
+from models.config import DecoderConfig
+from models.hf_config import (
+    FULL,
+    SLIDING,
+    common,
+    every_nth_full,
+    layer_types,
+    layer_windows,
+    number,
+    rope_parameters,
+    whole,
+)
+
+# What published files leave out (gemma-3-4b-it's gives three sizes): transformers' defaults.
+_DEFAULTS = {
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+    "rms_norm_eps": 1e-6,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "tie_word_embeddings": True,
+    "eos_token_id": 1,
+}
+GEMMA2_DEFAULTS = _DEFAULTS | {
+    "vocab_size": 256_000,
+    "max_position_embeddings": 8192,
+    "attn_logit_softcapping": 50.0,
+    "final_logit_softcapping": 30.0,
+}
+GEMMA3_DEFAULTS = _DEFAULTS | {"vocab_size": 262_208, "max_position_embeddings": 131_072}
+GLOBAL_THETA, LOCAL_THETA = 1_000_000.0, 10_000.0
+
+# Parts of multimodal Gemma 3 checkpoints that text does not pass through: they are not loaded.
+IMAGE_TENSORS = (
+    "vision_tower.",
+    "multi_modal_projector.",
+    "model.vision_tower.",
+    "model.multi_modal_projector.",
+)
+
+
+def gemma2_config(hf: dict) -> DecoderConfig:
+    """Reads a `config.json` with `model_type` "gemma2"; CheckpointError if it can't be one."""
+    hf = GEMMA2_DEFAULTS | hf
+    types = layer_types(hf, every_nth_full(hf, 2))
+    return _gemma(
+        hf, types, attention_soft_cap=number(hf, "attn_logit_softcapping", None), qk_norm=False
+    )
+
+
+def gemma3_config(hf: dict) -> DecoderConfig:
+    """Reads a `config.json` with `model_type` "gemma3_text"; CheckpointError if it can't be one.
+
+    No published Gemma 3 bounds scores; `attn_logit_softcapping` has no effect, as in transformers.
+    """
+    hf = GEMMA3_DEFAULTS | hf
+    pattern = whole(hf, "sliding_window_pattern", whole(hf, "_sliding_window_pattern", 6))
+    types = layer_types(hf, every_nth_full(hf, pattern))
+    full, local = _ropes(hf)
+    return _gemma(hf, types, rope=full, local_rope=local, qk_norm=True)
+
+
+def gemma3_multimodal_config(hf: dict) -> DecoderConfig:
+    """Reads the text part of a `config.json` with `model_type` "gemma3"."""
+    text = hf.get("text_config")
+    if not isinstance(text, dict):
+        raise CheckpointError(f"config.json: text_config={text!r} must be an object.")
+    outside = ("model_type", "eos_token_id", "tie_word_embeddings", "quantization_config")
+    return gemma3_config(text | {key: hf[key] for key in outside if key in hf})
+
+
+def _gemma(hf: dict, types: tuple[str, ...], **own) -> DecoderConfig:
+    """What the two have in common."""
+    if hf.get("use_bidirectional_attention"):
+        raise CheckpointError("config.json: use_bidirectional_attention=True is not supported.")
+    whole(hf, "sliding_window")  # null would leave sliding layers without a rule
+    bias = hf.get("attention_bias", False)
+    return common(
+        hf,
+        windows=layer_windows(hf, types),
+        activation="gelu_pytorch_tanh",
+        attention_scale=number(hf, "query_pre_attn_scalar") ** -0.5,
+        logits_soft_cap=number(hf, "final_logit_softcapping", None),
+        attention_bias=bias,
+        output_bias=bias,
+        sandwich_norms=True,
+        unit_offset_norms=True,
+        scale_embeddings=True,
+        **own,
+    )
+
+
+def _ropes(hf: dict) -> tuple[dict, dict]:
+    """Gemma 3's rotations of full and of sliding layers, from new or old keys."""
+    new = hf.get("rope_parameters")
+    if isinstance(new, dict) and set(new) & {FULL, SLIDING}:
+        if unknown := set(new) - {FULL, SLIDING}:
+            raise CheckpointError(f"config.json: rope_parameters has {sorted(unknown)}.")
+        read = lambda kind, theta: rope_parameters({"rope_parameters": new.get(kind)}, theta=theta)
+        return read(FULL, GLOBAL_THETA), read(SLIDING, LOCAL_THETA)
+    # Older files scale the full layers alone.
+    theta = number(hf, "rope_local_base_freq", LOCAL_THETA)
+    return rope_parameters(hf, theta=GLOBAL_THETA), {"rope_theta": theta}

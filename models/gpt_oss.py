@@ -1,0 +1,59 @@
+"""gpt-oss (arXiv:2508.10925): learned sinks, every other layer slides, a mixture of experts."""
+
+from models.checkpoints import CheckpointError
+from models.config import DecoderConfig
+from models.experts import ExpertsConfig
+from models.hf_config import (
+    common,
+    every_nth_full,
+    layer_types,
+    layer_windows,
+    number,
+    rope_parameters,
+    whole,
+)
+from models.mxfp4 import BLOCK
+
+THETA = 150_000.0
+MXFP4 = "mxfp4"  # of `quantization_config`; without one the experts are plain matrices
+# Both published models have this; files that say nothing mean it (transformers).
+YARN = {
+    "rope_type": "yarn",
+    "factor": 32.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": False,
+    "original_max_position_embeddings": 4096,
+}
+
+
+def decoder_config(hf: dict) -> DecoderConfig:
+    """Reads a `config.json` with `model_type` "gpt_oss"; CheckpointError if it can't be one."""
+    hf = {"head_dim": 64, "rms_norm_eps": 1e-5, "attention_bias": True} | hf
+    bias = hf["attention_bias"]
+    if not (hf.get("rope_parameters") or hf.get("rope_scaling")):
+        hf = hf | {"rope_scaling": YARN}
+    count, top_k = whole(hf, "num_local_experts"), whole(hf, "num_experts_per_tok")
+    if top_k > count:
+        raise CheckpointError(f"num_experts_per_tok={top_k} must be at most {count}.")
+    experts = ExpertsConfig(
+        experts=count,
+        top_k=top_k,
+        alpha=number(hf, "swiglu_alpha", 1.702),
+        limit=number(hf, "swiglu_limit", 7.0),
+        packed=bool(hf.get("quantization_config")),
+    )
+    config = common(
+        hf,
+        windows=layer_windows(hf, layer_types(hf, every_nth_full(hf, 2))),
+        rope=rope_parameters(hf, theta=THETA),
+        quantization=MXFP4,
+        attention_sinks=True,
+        attention_bias=bias,
+        output_bias=bias,
+        experts=experts,
+    )
+    for name in ("hidden_size", "intermediate_size"):
+        if experts.packed and getattr(config, name) % BLOCK:
+            raise CheckpointError(f"{name}={getattr(config, name)} must be a multiple of {BLOCK}.")
+    return config

@@ -1,0 +1,33 @@
+"""Where the layers of a repeating pattern stand in a cache's groups."""
+
+import dataclasses
+
+from jaxkv import CacheConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """A place of the pattern: in repeat `r` it is layer `first + r * stride` of `group`."""
+
+    group: int
+    first: int
+    stride: int  # places of the pattern that share the group
+
+
+def pattern_places(cache: CacheConfig, period: int, repeats: int) -> list[Place]:
+    """Finds the place of each of the first `period` layers, which repeat `repeats` times.
+
+    Raises:
+      ValueError: the cache keeps layers differently that the pattern takes to be alike.
+    """
+    located = [cache.locate(layer) for layer in range(period * repeats)]
+    groups = [group for group, _ in located[:period]]
+    places = [Place(group, first, groups.count(group)) for group, first in located[:period]]
+    for layer, found in enumerate(located):
+        place = places[layer % period]
+        if found != (place.group, place.first + layer // period * place.stride):
+            raise ValueError(
+                f"layer {layer} is kept unlike layer {layer % period} (an exact first or last "
+                f"layer?), but a scan runs both as one: use scan=False."
+            )
+    return places
