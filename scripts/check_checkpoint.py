@@ -37,7 +37,7 @@ class Args:
     page_size: int = 16
     """Tokens a cache page."""
     scan: bool = False
-    """Scan over stacked layers, which must be alike, or unroll them."""
+    """Scan over repeats of the layer pattern, or unroll all layers."""
 
 
 @jax.jit

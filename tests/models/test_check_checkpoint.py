@@ -109,6 +109,12 @@ def error_line(check):
         ("mistral_swa", "--scan"),
         ("mistral_swa", "--no-scan"),
         ("qwen3", "--no-scan"),
+        ("gemma3", "--scan"),
+        ("gpt_oss_mxfp4", "--no-scan"),
+        pytest.param("gemma3", "--no-scan", marks=pytest.mark.slow),
+        pytest.param("gpt_oss", "--scan", marks=pytest.mark.slow),
+        pytest.param("gpt_oss", "--no-scan", marks=pytest.mark.slow),
+        pytest.param("gpt_oss_mxfp4", "--scan", marks=pytest.mark.slow),
         pytest.param("llama", "--no-scan", marks=pytest.mark.slow),
         pytest.param("llama3_rope", "--no-scan", marks=pytest.mark.slow),
         pytest.param("qwen3", "--scan", marks=pytest.mark.slow),
@@ -217,14 +223,12 @@ def test_windows_of_older_qwen3_files(keys, windows):
     assert architecture_config(make_config("qwen3", **MIXED | keys)).windows == windows
 
 
-def test_layers_that_differ_are_unrolled_where_others_are_scanned(tmp_path, monkeypatch):
-    keys = {"use_sliding_window": True, "sliding_window": 19, "max_window_layers": 1}
-    config = make_config("qwen3", **keys)
-    write_folder(tmp_path, config, tokens=1)
+def test_layers_are_unrolled_on_a_cpu_and_scanned_elsewhere(tmp_path, monkeypatch):
+    write_folder(tmp_path, make_config("qwen3", **MIXED, max_window_layers=1), tokens=1)
+    assert not models.load(tmp_path, dtype="float32").repeats
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert not models.load(tmp_path, dtype="float32").scan
-    (tmp_path / "config.json").write_text(json.dumps(config | {"max_window_layers": 0}))
-    assert models.load(tmp_path, dtype="float32").scan
+    scanned = models.load(tmp_path, dtype="float32")
+    assert scanned.scan and scanned.repeats == 1 and len(scanned.pattern) == 3
 
 
 @pytest.mark.parametrize("tokens", [1, 2])
@@ -321,7 +325,11 @@ def test_number_of_layers_must_match(error_line, copy, layers, odd):
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ({"eos_token_id": "two"}, "eos_token_id"),
         ({"max_position_embeddings": "long"}, "max_position_embeddings"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_type='yarn'"),
+        ({"rope_parameters": {"rope_type": "ntk", "rope_theta": 1e4}}, "rope_type='ntk'"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "original_max_position"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "['full_attention']"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quant_method='gptq'"),
         ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, "'factor'"),
         ({"rope_parameters": {"rope_type": "linear", "factor": 0}}, "factor"),
         ({"rope_parameters": {"rope_theta": "high"}}, "rope_theta"),

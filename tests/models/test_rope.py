@@ -8,7 +8,7 @@ import pytest
 from models.checkpoints import CheckpointError
 from models.loaders import architecture_config
 from models.rope import angles, make_rope, rotate
-from tests.models import numpy_llama
+from tests.models import numpy_llama, numpy_mixed
 from tests.models.numpy_llama import make_config
 
 LLAMA3 = {
@@ -91,7 +91,7 @@ def test_factors_divide_each_frequency():
     np.testing.assert_allclose(rope.frequencies, [1.0, 0.1 / 4])
 
 
-@pytest.mark.parametrize("kind", ["yarn", "dynamic", "longrope", "Default", None, 3])
+@pytest.mark.parametrize("kind", ["dynamic", "longrope", "proportional", "Default", None, 3])
 def test_unknown_type_raises(kind):
     with pytest.raises(ValueError, match="rope_type="):
         make_rope(8, {"rope_type": kind, "rope_theta": 1e4})
@@ -104,3 +104,52 @@ def test_missing_parameter_is_named(missing):
         make_rope(8, {**parameters, "rope_theta": 1e4})
     with pytest.raises(CheckpointError, match=missing):
         architecture_config(make_config(rope_scaling=parameters))
+
+
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 150_000.0,
+    "factor": 32.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "original_max_position_embeddings": 4096,
+}
+
+
+@pytest.mark.parametrize("change", [{}, {"factor": 4.0}, {"beta_fast": 8.0}, {"beta_slow": 3.0}])
+@pytest.mark.parametrize("truncate", [True, False])
+@pytest.mark.parametrize("head_dim", [16, 64, 90])
+def test_yarn_gives_the_papers_frequencies(head_dim, truncate, change):
+    parameters = YARN | {"truncate": truncate} | change
+    rope = make_rope(head_dim, parameters)
+    plain = lambda theta: np.array([theta ** (-2 * c / head_dim) for c in range(head_dim // 2)])
+    expected, scale = numpy_mixed.yarn(parameters, plain, head_dim)
+    np.testing.assert_allclose(rope.frequencies, expected, rtol=1e-12)
+    assert rope.scale == pytest.approx(scale)
+
+
+def test_yarn_keeps_fast_channels_and_stretches_slow_ones():
+    plain = np.array(make_rope(64, {"rope_theta": 150_000.0}).frequencies)
+    scaled = np.array(make_rope(64, YARN).frequencies)
+    turns = 4096 * plain / (2 * np.pi)
+    np.testing.assert_allclose(scaled[turns > 60], plain[turns > 60])
+    np.testing.assert_allclose(scaled[turns < 0.5], plain[turns < 0.5] / 32)
+    assert np.all(np.diff(scaled / plain) <= 0)
+
+
+@pytest.mark.parametrize(
+    "keys, scale",
+    [
+        ({}, 0.1 * np.log(32) + 1),
+        ({"factor": 0.5}, 1.0),  # nothing is stretched
+        ({"attention_factor": 1.5, "mscale": 2.0, "mscale_all_dim": 1.0}, 1.5),
+        ({"mscale": 0.7, "mscale_all_dim": 0.7}, 1.0),
+        ({"mscale": 2.0, "mscale_all_dim": 1.0}, (0.2 * np.log(32) + 1) / (0.1 * np.log(32) + 1)),
+        ({"mscale": 2.0, "mscale_all_dim": 0}, 0.1 * np.log(32) + 1),
+        ({"attention_factor": None, "beta_fast": None, "beta_slow": None}, 0.1 * np.log(32) + 1),
+    ],
+)
+def test_yarn_scales_cosine_and_sine(keys, scale):
+    rope = make_rope(16, YARN | keys)
+    cos, sin = angles(rope, jnp.arange(300, dtype=jnp.int32)[None])
+    np.testing.assert_allclose(np.hypot(cos, sin), scale, rtol=1e-5)

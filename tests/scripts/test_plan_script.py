@@ -139,3 +139,28 @@ def test_an_error_is_one_line_and_exit_code_2():
     )  # fmt: skip
     assert done.returncode == 2 and not done.stdout
     assert len(done.stderr.splitlines()) == 1 and "'5bit' is unknown" in done.stderr
+
+
+CONFIGS = ROOT / "tests" / "data" / "configs"
+
+
+@pytest.mark.parametrize(
+    "model, windows, layers, exact_bytes",
+    [
+        # 2 x heads x channels x 2 bytes x tokens; a window touches a page more, and one is null
+        ("gpt-oss-20b", [128, None], [12, 12], 2048 * (12 * 131_136 + 12 * 256)),
+        ("gpt-oss-120b", [128, None], [18, 18], 2048 * (18 * 131_136 + 18 * 256)),
+        ("gemma-3-12b-it", [1024, None], [40, 8], 8192 * (8 * 131_136 + 40 * 1152)),
+    ],
+)
+def test_real_models_of_two_windows(capsys, model, windows, layers, exact_bytes):
+    path = str(CONFIGS / f"{model}.json")
+    options = dict(model=path, tokens=None, page_size=64, memory=8.0, codec=("exact", "tq4"))
+    rows = rows_of(capsys, **options)
+    for row in rows.values():
+        assert [group["window"] for group in row["groups"]] == windows
+        assert [len(group["layers"]) for group in row["groups"]] == layers
+    pages = sum(group["bytes"] for group in rows["exact"]["groups"])
+    assert pages == pytest.approx(exact_bytes, rel=2e-3)  # tables and free lists come on top
+    sliding = rows["tq4"]["groups"][0]["codec"]
+    assert sliding == ("exact" if windows[0] == 128 else "tq4")
