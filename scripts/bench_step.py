@@ -89,6 +89,23 @@ class Args:
     """Last line of standard output: one JSON object."""
 
 
+def random_model(config: models.DecoderConfig, *, scan: bool, dtype: str) -> models.Decoder:
+    """A model of random weights; one small program for each shape, not one for the model."""
+    abstract = nnx.eval_shape(lambda: models.Decoder(config, nnx.Rngs(0), scan=scan, dtype=dtype))
+    graph, state = nnx.split(abstract)
+
+    @functools.partial(jax.jit, static_argnames=("shape", "dtype"))
+    def draw(seed, shape, dtype):
+        return jax.random.normal(jax.random.key(seed), shape, dtype) * shape[-1] ** -0.5
+
+    filled = []
+    for seed, (path, parameter) in enumerate(nnx.to_flat_state(state)):
+        one = parameter.get_value()
+        value = draw(seed, one.shape, one.dtype) if one.ndim > 1 else jnp.ones(one.shape, one.dtype)
+        filled.append((path, parameter.replace(value)))
+    return nnx.merge(graph, nnx.from_flat_state(filled))
+
+
 def fill(cache: jaxkv.KVCache, context: int) -> jaxkv.KVCache:
     """A cache whose sequences hold `context` tokens of random content."""
     step = cache.config.max_new_tokens
@@ -141,11 +158,7 @@ def main(args: Args) -> int:
     began = time.perf_counter()
     config = SHAPES[args.shape]
 
-    @nnx.jit
-    def make():
-        return models.Decoder(config, nnx.Rngs(0), scan=args.scan, dtype=args.dtype)
-
-    model = make()
+    model = random_model(config, scan=args.scan, dtype=args.dtype)
     weights = sum(x.nbytes for x in jax.tree.leaves(nnx.state(model)))
     read = weights - model.embedding.get_value().nbytes  # a step gathers few of its rows
     log.print(f"weights {weights / 2**30:.2f} GiB after {time.perf_counter() - began:.0f} s")

@@ -8,7 +8,6 @@ from pallas_kernels.quantize_pages import gpu, xla
 from pallas_kernels.shapes import bind_dims
 
 
-
 def quantize_pages(
     coded: CodedPages,
     exact: ExactPages,
@@ -47,9 +46,7 @@ def quantize_pages(
     )
 
 
-def choose(
-    backend: Backend | None, coded: CodedPages, *, platform: str | None = None
-) -> Backend:
+def choose(backend: Backend | None, coded: CodedPages, *, platform: str | None = None) -> Backend:
     """Who quantizes into such pages: the named backend, or the platform's best.
 
     Args:

@@ -117,7 +117,9 @@ def _kernel(*args, names, layout: "PageLayout"):
         if codec.key_mean is not None:
             matrix = refs["k_rotation"][...].astype(jnp.float32) * k.shape[1] ** -0.5
             if codec.key_mean == "page":
-                rotated = codec.key_page_mean(k, lambda x: jnp.sum(x[:, None] * matrix, axis=0))
+                rotated = codec.key_page_mean(
+                    k, lambda x: jnp.sum(x.astype(jnp.float32)[:, None] * matrix, axis=0)
+                )
                 refs["key_mean"][layer, target, h] = rotated
             else:
                 rotated = refs["key_mean"][layer, 0, h]
@@ -126,7 +128,8 @@ def _kernel(*args, names, layout: "PageLayout"):
             ("k", codec.key, k, mean),
             ("v", codec.value, refs["v"][layer, source, h], None),
         ):
-            codes, factors = _quantize(tensor, x, own, refs.get(f"{side}_rotation"), refs["pre_scales"])
+            rotation = refs.get(f"{side}_rotation")
+            codes, factors = _quantize(tensor, x, own, rotation, refs["pre_scales"])
             for number, factor in enumerate(factors):
                 refs[f"{side}_factors"][layer, target, number, h] = factor
             shift = 0

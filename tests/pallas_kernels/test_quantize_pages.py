@@ -1,0 +1,86 @@
+"""The GPU kernel writes the codes and factors that plain XLA writes, into wanted pages alone."""
+
+import contextlib
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxkv import CacheConfig, KVCache, LayerSpec
+from jaxkv.codecs import get_codec
+from pallas_kernels.backends import interpret_kernels
+from pallas_kernels.quantize_pages import choose, quantize_pages
+
+LAYERS, KV_HEADS, PAGE = 3, 2, 16
+SOURCE, TARGET = jnp.array([1, 2, 3], jnp.int32), jnp.array([4, 2, 5], jnp.int32)
+WANTED = jnp.array([True, False, True])
+
+
+@pytest.fixture(params=["interpret", pytest.param("compiled", marks=pytest.mark.gpu)])
+def kernels(request):
+    with interpret_kernels() if request.param == "interpret" else contextlib.nullcontext():
+        yield
+    jax.clear_caches()  # what was traced interpreted must not be called outside
+
+
+def make_pages(name, head_dim, dtype="bfloat16"):
+    """Pages to fill, old content that shows, and exact pages of random keys and values."""
+    codec = get_codec(name)
+    codec = dataclasses.replace(codec, recent_pages=max(codec.recent_pages, 1))
+    spec = LayerSpec(kv_heads=KV_HEADS, head_dim=head_dim, codec=codec, dtype=dtype)
+    config = CacheConfig(
+        layers=(spec,) * LAYERS, batch=3, max_tokens=64, page_size=PAGE, platform="gpu"
+    )
+    means = [np.full((KV_HEADS, head_dim), 0.5, np.float32)] * LAYERS
+    [state] = KVCache.create(config, key_means=means).groups
+    keys = jax.random.split(jax.random.key(7), 2)
+    # Channels with a mean, and a token of zeros.
+    draw = lambda key: 3 + jax.random.normal(key, state.exact.pages.k.shape, dtype)
+    k, v = (draw(key).at[:, :, :, 5].set(0) for key in keys)
+    old = jax.tree.map(jnp.ones_like, state.body.pages)
+    return old, dataclasses.replace(state.exact.pages, k=k, v=v)
+
+
+@pytest.mark.parametrize("layer", [None, 1])
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("name", ["tq4", "tq3", "tq2", "4bit_nc", "3bit_nc", "int8"])
+def test_pages_of_the_kernel_are_those_of_xla(name, head_dim, layer, kernels):
+    old, exact = make_pages(name, head_dim)
+    options = dict(layer=layer, source=SOURCE, target=TARGET, wanted=WANTED)
+    want = quantize_pages(old, exact, **options, backend="xla")
+    got = quantize_pages(old, exact, **options, backend="gpu")
+    touched = np.zeros(next(iter(old.arrays.values())).shape[:2], bool)
+    touched[slice(None) if layer is None else layer, [4, 5]] = True
+    for x, y, before in zip(*map(jax.tree.leaves, (want, got, old)), strict=True):
+        x, y, before = map(np.asarray, (x, y, before))
+        np.testing.assert_array_equal(y[~touched], before[~touched])
+        assert (y[touched] != before[touched]).mean() > 0.5
+        # Sums in another order: a code at a threshold or the last bit of a factor may differ.
+        assert (x != y).mean() < 5e-3
+    for a, b in zip(old.layout.unpack(want.arrays), old.layout.unpack(got.arrays), strict=True):
+        for x, y in zip(a.factors, b.factors, strict=True):
+            np.testing.assert_allclose(x.astype(np.float32), y.astype(np.float32), rtol=0.1)
+
+
+@pytest.mark.parametrize("name", ["tq4", "int8"])
+def test_codes_are_chosen_against_the_stored_factors(name):
+    """XLA may drop a cast to float16 and back: compiled codes are those of stepwise numpy casts."""
+    tensor = get_codec(name).key if name == "int8" else get_codec("4bit_nc").value
+    x = np.random.default_rng(0).standard_normal((64, 128)).astype(np.float32)
+    codes, (scale, zero) = jax.tree.map(np.asarray, jax.jit(tensor.quantize)(x))
+    steps = (x - zero[:, None].astype(np.float32)) / scale[:, None].astype(np.float32)
+    want = np.clip(np.floor(steps + np.float32(0.5)), 0, 2**tensor.bits - 1)
+    assert (codes != want).mean() < 1e-4
+
+
+def test_what_the_kernel_does_not_serve_is_named():
+    pages, _ = make_pages("tq4", 96)
+    assert choose(None, pages, platform="gpu") == "xla"
+    with pytest.raises(NotImplementedError, match="head_dim=96"):
+        choose("gpu", pages, platform="gpu")
+    pages, _ = make_pages("tq4", 64)
+    assert choose(None, pages, platform="gpu") == "gpu"
+    with pytest.raises(NotImplementedError, match="needs an NVIDIA GPU"):
+        choose("gpu", pages, platform="cpu")
