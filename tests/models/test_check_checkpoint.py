@@ -223,10 +223,12 @@ def test_windows_of_older_qwen3_files(keys, windows):
     assert architecture_config(make_config("qwen3", **MIXED | keys)).windows == windows
 
 
-def test_layers_are_unrolled_on_a_cpu_and_scanned_elsewhere(tmp_path, monkeypatch):
+def test_layers_are_scanned_on_tpus_and_unrolled_elsewhere(tmp_path, monkeypatch):
     write_folder(tmp_path, make_config("qwen3", **MIXED, max_window_layers=1), tokens=1)
     assert not models.load(tmp_path, dtype="float32").repeats
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert not models.load(tmp_path, dtype="float32").repeats
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     scanned = models.load(tmp_path, dtype="float32")
     assert scanned.scan and scanned.repeats == 1 and len(scanned.pattern) == 3
 
