@@ -120,7 +120,7 @@ def _serving(state: GroupState, backend: Backend | None, *, q_tokens: int, platf
     return choose(backend, pages, q_tokens=q_tokens, q_heads=heads, platform=platform)
 
 
-def _quantizing(state: GroupState, platform: str) -> Backend | None:
+def _quantizing(state: GroupState, platform: str | None) -> Backend | None:
     """Who turns exact pages into codes; None where tokens are coded as they are written."""
     if state.body is None or not isinstance(state.body.pages, CodedPages):
         return None

@@ -61,10 +61,8 @@ def quantize_pages(
             inputs[f"{side}_rotation"] = _sign_matrix(tensor, head_dim)
     inputs["pre_scales"] = jnp.asarray(_pre_scales(codec), jnp.float32)
     pools = dict(coded.arrays)
-    if codec.key_mean == "page":
-        pools["key_mean"] = coded.key_mean
-    elif codec.key_mean == "static":
-        inputs["key_mean"] = coded.key_mean
+    if coded.key_mean is not None:  # a page's is written, a static one only read
+        (pools if codec.key_mean == "page" else inputs)["key_mean"] = coded.key_mean
     names = (*inputs, *(f"old_{name}" for name in pools), *pools)
     out = pl.pallas_call(
         functools.partial(_kernel, names=names, layout=coded.layout),
