@@ -124,6 +124,8 @@ def fill(cache: jaxkv.KVCache, context: int) -> jaxkv.KVCache:
             if jnp.issubdtype(pool.dtype, jnp.integer):
                 bits = jnp.dtype(f"uint{8 * pool.dtype.itemsize}")
                 x = jax.random.bits(key, pool.shape[1:], bits)
+                if bits == jnp.uint8:  # finite, read as float8
+                    x = x & jnp.uint8(0x77)
                 return jax.lax.bitcast_convert_type(x, pool.dtype)
             return (0.1 * jax.random.normal(key, pool.shape[1:], jnp.bfloat16)).astype(pool.dtype)
 

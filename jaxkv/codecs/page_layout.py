@@ -11,11 +11,26 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from jaxkv.codecs.codec import KVCodec, Quantized
+from jaxkv.codecs.codec import KVCodec, Quantized, TensorCodec
 
 MAX_WASTE = 1.05  # allocated over useful bytes
 
 Arrays = dict[str, jax.Array]
+
+
+def stored_dtype(tensor: TensorCodec) -> jnp.dtype:
+    """Dtype of codes that are kept unpacked: their own, but bytes for float8.
+
+    XLA has no scatter of float8: to write one token it would convert the whole pool and back, and
+    a bitcast around the scatter makes it copy a pool that a loop carries.
+    """
+    float8 = tensor.codes_dtype.itemsize == 1 and jnp.issubdtype(tensor.codes_dtype, jnp.floating)
+    return jnp.dtype("uint8") if float8 else tensor.codes_dtype
+
+
+def same_bits(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """`x` read as another dtype of its size."""
+    return x if x.dtype == dtype else jax.lax.bitcast_convert_type(x, dtype)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,15 +8,15 @@ import numpy as np
 
 from jaxkv.codecs.codec import Quantized, TensorCodec
 from jaxkv.codecs.packing import PARTS, check_packable, pack_planes, unpack_planes
-from jaxkv.codecs.page_layout import Arrays, PageLayout
+from jaxkv.codecs.page_layout import Arrays, PageLayout, same_bits, stored_dtype
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenMajor(PageLayout):
     """`[kv_heads, tokens, words]` for each of keys and values, in planes (`packing`).
 
-    Arrays are `k_codes`, `v_codes` (float8 and exact codes unpacked, in their own dtype; 8-bit
-    integers too where words are bytes), `k_high`, `v_high` (third bit of 3-bit codes),
+    Arrays are `k_codes`, `v_codes` (float8 codes unpacked, as bytes, exact ones in their own dtype;
+    8-bit integers too where words are bytes), `k_high`, `v_high` (third bit of 3-bit codes),
     `k_factors`, `v_factors` (`[factors, kv_heads, tokens]`; one dtype a tensor).
     """
 
@@ -40,7 +40,7 @@ class TokenMajor(PageLayout):
                     arrays[f"{side}_{name}"] = jax.ShapeDtypeStruct((*rows, words), dtype)
             else:
                 shape = (*rows, self.head_dim)
-                arrays[f"{side}_codes"] = jax.ShapeDtypeStruct(shape, tensor.codes_dtype)
+                arrays[f"{side}_codes"] = jax.ShapeDtypeStruct(shape, stored_dtype(tensor))
             if dtypes := tensor.factor_dtypes:
                 shape = (len(dtypes), *rows)
                 arrays[f"{side}_factors"] = jax.ShapeDtypeStruct(shape, dtypes[0])
@@ -72,7 +72,7 @@ class TokenMajor(PageLayout):
                 codes = _flip(record.codes, tensor, jnp.uint8)
                 words = pack_planes(codes, tensor.bits, self.word_bits)
             else:
-                words = (record.codes,)
+                words = (same_bits(record.codes, stored_dtype(tensor)),)
             for name, word in zip(("codes", "high"), words, strict=False):
                 arrays[f"{side}_{name}"] = word
             if record.factors:
@@ -88,6 +88,8 @@ class TokenMajor(PageLayout):
                     arrays[f"{side}_{n}"] for n in ("codes", "high")[: len(PARTS[tensor.bits])]
                 ]
                 codes = _flip(unpack_planes(tuple(words), tensor.bits), tensor, jnp.int8)
+            else:
+                codes = same_bits(codes, tensor.codes_dtype)
             factors = [
                 arrays[f"{side}_factors"][..., i, :, :] for i in range(len(tensor.factor_dtypes))
             ]

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from jaxkv.codecs.codec import Quantized, TensorCodec
 from jaxkv.codecs.packing import PARTS, check_packable, pack_planes, unpack_planes
-from jaxkv.codecs.page_layout import Arrays, PageLayout
+from jaxkv.codecs.page_layout import Arrays, PageLayout, same_bits, stored_dtype
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,7 @@ class TokensLast(PageLayout):
             for name, width in zip(("codes", "high"), PARTS.get(tensor.bits, (0,)), strict=False):
                 packed = tensor.bits in (2, 3, 4)
                 rows = self.head_dim * width // 8 if packed else self.head_dim
-                dtype = jnp.dtype("uint8") if packed else tensor.codes_dtype
+                dtype = jnp.dtype("uint8") if packed else stored_dtype(tensor)
                 shape = (self.kv_heads, rows, self.page_size)
                 arrays[f"{side}_{name}"] = jax.ShapeDtypeStruct(shape, dtype)
             if dtypes := tensor.factor_dtypes:
@@ -49,8 +49,10 @@ class TokensLast(PageLayout):
     def pack(self, key: Quantized, value: Quantized) -> Arrays:
         arrays = {}
         for side, tensor, record in (("k", self.codec.key, key), ("v", self.codec.value, value)):
-            packed = tensor.bits in (2, 3, 4)
-            words = pack_planes(record.codes, tensor.bits) if packed else (record.codes,)
+            if tensor.bits in (2, 3, 4):
+                words = pack_planes(record.codes, tensor.bits)
+            else:
+                words = (same_bits(record.codes, stored_dtype(tensor)),)
             for name, word in zip(("codes", "high"), words, strict=False):
                 arrays[f"{side}_{name}"] = jnp.swapaxes(word, -1, -2)
             if record.factors:
@@ -89,6 +91,8 @@ class TokensLast(PageLayout):
         if tensor.bits in (2, 3, 4):
             words = [arrays[f"{side}_{n}"] for n in ("codes", "high")[: len(PARTS[tensor.bits])]]
             codes = unpack_planes(tuple(words), tensor.bits, dims_axis=-2)
+        else:
+            codes = same_bits(codes, tensor.codes_dtype)
         factors = [
             jax.lax.index_in_dim(
                 arrays[f"{side}_factors"], i, factor_axis % arrays[f"{side}_factors"].ndim,

@@ -215,6 +215,10 @@ def paged_attention(
                 q, pages.key_mean, scalars, case, config, items=items, interpret=interpret
             )
         q = _permute(q, np.concatenate(k.dims))
+    for reader in (k, v):
+        if not isinstance(reader, PlanesReader) and arrays[reader.arrays[0]].dtype != reader.stored:
+            [name] = reader.arrays  # float8 that is kept as bytes
+            arrays = arrays | {name: jax.lax.bitcast_convert_type(arrays[name], reader.stored)}
     refs = scalars | dict(q=q) | arrays
     for side, reader in (("k", k), ("v", v)):
         if isinstance(reader, PlanesReader) and reader.shifts.any():

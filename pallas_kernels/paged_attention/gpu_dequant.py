@@ -403,7 +403,8 @@ def coded_reader(side: str, codec: "TensorCodec", head_dim: int, arrays: dict) -
         exact = codes.dtype in (jnp.bfloat16, jnp.float16, jnp.float32)
         dtype = str(codes.dtype) if exact else "float16"
         if codes.dtype not in (jnp.uint16, jnp.uint32):
-            return WholeReader(head_dim, dtype, str(codes.dtype), (f"{side}_codes",))
+            # Float8 lies in pools as bytes.
+            return WholeReader(head_dim, dtype, str(codec.codes_dtype), (f"{side}_codes",))
     word_bits = 8 * codes.dtype.itemsize
     if word_bits == 8:
         raise NotImplementedError(f"{word_bits=}: the GPU kernel reads words of 16 or 32 bits.")

@@ -85,8 +85,9 @@ def _pre_scales(codec) -> tuple[float, ...]:
 
 def _sign_matrix(tensor, head_dim: int) -> jax.Array:
     """The codec's rotation times `sqrt(head_dim)`: +-1, exact in bfloat16, for powers of two."""
-    matrix = tensor.rotate(jnp.eye(head_dim, dtype=jnp.float32))
-    return jnp.sign(matrix).astype(jnp.bfloat16)
+    with jax.ensure_compile_time_eval():  # a constant, not work for each step
+        matrix = tensor.rotate(jnp.eye(head_dim, dtype=jnp.float32))
+        return jnp.sign(matrix).astype(jnp.bfloat16)
 
 
 def _rotate(x, matrix):

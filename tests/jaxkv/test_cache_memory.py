@@ -118,7 +118,7 @@ def coded(name, recent_pages):
 
 @pytest.mark.parametrize("tokens", [1, CHUNK])
 @pytest.mark.parametrize("layers", [unrolled, scanned])
-@pytest.mark.parametrize("name, recent_pages", [("tq3", 2), ("4bit_nc", 0)])
+@pytest.mark.parametrize("name, recent_pages", [("tq3", 2), ("4bit_nc", 0), ("fp8_e4m3", 0)])
 def test_step_makes_no_copy_of_coded_pools(name, recent_pages, layers, tokens):
     x = jax.ShapeDtypeStruct((BATCH, tokens, Q_HEADS, HEAD_DIM), jnp.float32)
     steps = functools.partial(repeated, layers)
