@@ -124,8 +124,7 @@ def fill(cache: jaxkv.KVCache, context: int) -> jaxkv.KVCache:
             if jnp.issubdtype(pool.dtype, jnp.integer):
                 bits = jnp.dtype(f"uint{8 * pool.dtype.itemsize}")
                 x = jax.random.bits(key, pool.shape[1:], bits)
-                if bits == jnp.uint8:  # finite, read as float8
-                    x = x & jnp.uint8(0x77)
+                x = x & bits.type(0x77777777 & jnp.iinfo(bits).max)  # bytes of float8 are finite
                 return jax.lax.bitcast_convert_type(x, pool.dtype)
             return (0.1 * jax.random.normal(key, pool.shape[1:], jnp.bfloat16)).astype(pool.dtype)
 
@@ -193,6 +192,7 @@ def main(args: Args) -> int:
         return decode_block.lower(model, state, *draw(batch), steps=args.steps, backend=None)
 
     lowered = {case: lower(case) for case in cases}
+    log.print(f"traced {len(lowered)} programs after {time.perf_counter() - began:.0f} s")
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         compiled = dict(
             zip(lowered, pool.map(lambda x: x.compile(), lowered.values()), strict=True)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from jaxkv.codecs.codec import KVCodec
 from jaxkv.codecs.packing import PARTS
-from jaxkv.codecs.page_layout import PageLayout
+from jaxkv.codecs.page_layout import PageLayout, is_float8
 from jaxkv.codecs.token_major import TokenMajor
 from jaxkv.codecs.tokens_last import TokensLast
 from jaxkv.codecs.tokens_on_lanes import TokensOnLanes
@@ -17,8 +17,8 @@ def default_layout(
 ) -> PageLayout:
     """The layout for "cpu", "gpu" or "tpu".
 
-    GPUs get 32-bit words of 4-bit codes from head_dim 128 on where they fit, 16-bit ones otherwise,
-    bytes last.
+    GPUs get 32-bit words of 4-bit codes from head_dim 128 on where they fit (beside float8 keys,
+    too), 16-bit ones otherwise, bytes last.
 
     Raises:
       ValueError: unknown platform, or a shape that the layout cannot hold.
@@ -32,9 +32,11 @@ def default_layout(
 
 
 def _gpu_word_bits(codec: KVCodec, head_dim: int) -> int:
-    packed = [t for t in (codec.key, codec.value) if t.codes_dtype in (jnp.uint8, jnp.int8)]
-    fits = lambda word_bits: all(
+    tensors = codec.key, codec.value
+    integers = [t for t in tensors if t.codes_dtype in (jnp.uint8, jnp.int8)]
+    packed = [t for t in tensors if t in integers or is_float8(t)]
+    fits = lambda word_bits, packed: all(
         head_dim * width % word_bits == 0 for t in packed for width in PARTS[t.bits]
     )
-    wide = head_dim >= 128 and all(t.bits == 4 for t in packed)
-    return 32 if wide and fits(32) else 16 if fits(16) else 8
+    wide = head_dim >= 128 and integers and all(t.bits == 4 for t in integers)
+    return 32 if wide and fits(32, integers) else 16 if fits(16, packed) else 8

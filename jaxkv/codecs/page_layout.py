@@ -18,14 +18,18 @@ MAX_WASTE = 1.05  # allocated over useful bytes
 Arrays = dict[str, jax.Array]
 
 
+def is_float8(tensor: TensorCodec) -> bool:
+    """Whether codes are float8 values."""
+    return tensor.codes_dtype.itemsize == 1 and jnp.issubdtype(tensor.codes_dtype, jnp.floating)
+
+
 def stored_dtype(tensor: TensorCodec) -> jnp.dtype:
     """Dtype of codes that are kept unpacked: their own, but bytes for float8.
 
     XLA has no scatter of float8: to write one token it would convert the whole pool and back, and
     a bitcast around the scatter makes it copy a pool that a loop carries.
     """
-    float8 = tensor.codes_dtype.itemsize == 1 and jnp.issubdtype(tensor.codes_dtype, jnp.floating)
-    return jnp.dtype("uint8") if float8 else tensor.codes_dtype
+    return jnp.dtype("uint8") if is_float8(tensor) else tensor.codes_dtype
 
 
 def same_bits(x: jax.Array, dtype: jnp.dtype) -> jax.Array:

@@ -8,16 +8,16 @@ import numpy as np
 
 from jaxkv.codecs.codec import Quantized, TensorCodec
 from jaxkv.codecs.packing import PARTS, check_packable, pack_planes, unpack_planes
-from jaxkv.codecs.page_layout import Arrays, PageLayout, same_bits, stored_dtype
+from jaxkv.codecs.page_layout import Arrays, PageLayout, is_float8, same_bits, stored_dtype
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenMajor(PageLayout):
     """`[kv_heads, tokens, words]` for each of keys and values, in planes (`packing`).
 
-    Arrays are `k_codes`, `v_codes` (float8 codes unpacked, as bytes, exact ones in their own dtype;
-    8-bit integers too where words are bytes), `k_high`, `v_high` (third bit of 3-bit codes),
-    `k_factors`, `v_factors` (`[factors, kv_heads, tokens]`; one dtype a tensor).
+    Arrays are `k_codes`, `v_codes` (exact codes unpacked, in their own dtype; 8-bit ones too where
+    words are bytes, and float8 beside 32-bit words, all as bytes), `k_high`, `v_high` (third bit
+    of 3-bit codes), `k_factors`, `v_factors` (`[factors, kv_heads, tokens]`; one dtype a tensor).
     """
 
     word_bits: int = 8
@@ -47,8 +47,9 @@ class TokenMajor(PageLayout):
         return arrays
 
     def _packs(self, tensor: TensorCodec) -> bool:
-        integers = tensor.codes_dtype in (jnp.uint8, jnp.int8)
-        return integers and (tensor.bits < 8 or self.word_bits > 8)
+        if tensor.codes_dtype in (jnp.uint8, jnp.int8):
+            return tensor.bits < 8 or self.word_bits > 8
+        return is_float8(tensor) and self.word_bits == 16
 
     @property
     def token_axes(self) -> dict[str, int]:
@@ -69,7 +70,7 @@ class TokenMajor(PageLayout):
         arrays = {}
         for side, tensor, record in (("k", self.codec.key, key), ("v", self.codec.value, value)):
             if self._packs(tensor):
-                codes = _flip(record.codes, tensor, jnp.uint8)
+                codes = same_bits(_flip(record.codes, tensor, jnp.uint8), jnp.dtype("uint8"))
                 words = pack_planes(codes, tensor.bits, self.word_bits)
             else:
                 words = (same_bits(record.codes, stored_dtype(tensor)),)
@@ -88,8 +89,7 @@ class TokenMajor(PageLayout):
                     arrays[f"{side}_{n}"] for n in ("codes", "high")[: len(PARTS[tensor.bits])]
                 ]
                 codes = _flip(unpack_planes(tuple(words), tensor.bits), tensor, jnp.int8)
-            else:
-                codes = same_bits(codes, tensor.codes_dtype)
+            codes = same_bits(codes, tensor.codes_dtype)
             factors = [
                 arrays[f"{side}_factors"][..., i, :, :] for i in range(len(tensor.factor_dtypes))
             ]

@@ -14,6 +14,12 @@ from pallas_kernels.segments import merge
 
 MOST_TOKENS = 8  # query tokens: one, or drafts to verify
 
+# A function of its own: traced and lowered once for all layers of a model that are alike.
+_attend = jax.jit(
+    gpu_decode.paged_attention,
+    static_argnames=("scale", "window", "sink_tokens", "lag", "soft_cap", "interpret", "config"),
+)
+
 
 def refusal(
     pages: Pages, *, q_tokens: int, q_heads: int, platform: str | None = None
@@ -52,9 +58,7 @@ def paged_attention(
     **options,
 ) -> tuple[jax.Array, jax.Array]:
     """See `api.paged_attention`."""
-    run = functools.partial(
-        gpu_decode.paged_attention, q, pages, interpret=interpreted(), **options
-    )
+    run = functools.partial(_attend, q, pages, interpret=interpreted(), **options)
     if sink_table is None:
         return run(page_table, kv_start=kv_start, kv_stop=kv_stop, sink_tokens=sink_tokens, lag=lag)
     ring = run(page_table, kv_start=kv_start, kv_stop=kv_stop, sink_tokens=0, lag=lag)

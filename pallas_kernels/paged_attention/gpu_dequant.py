@@ -172,6 +172,10 @@ class WholeReader:
         """Dims in each operand's columns."""
         return tuple(np.arange(a, a + n) for a, n in split_columns(self.head_dim))
 
+    def columns(self) -> list[jax.Array]:
+        """`dims` as a kernel computes them."""
+        return [a + jnp.arange(n, dtype=jnp.int32) for a, n in split_columns(self.head_dim)]
+
     def gains(self, asm: bool) -> tuple[float, ...]:
         """What each operand's values are still to be multiplied by."""
         return (1.0,) * len(self.dims)
@@ -194,7 +198,8 @@ class PlanesReader:
     word_bits: int
     levels: Levels
     arrays: tuple[str, ...]
-    signed: bool = False  # 8 bits: a word holds code + 128
+    # What 8 bits are: "uint8", "int8" (a word holds code + 128), "float8_e4m3fn" or "float8_e5m2".
+    bytes_are: str = "uint8"
 
     dtype = "float16"
 
@@ -231,9 +236,24 @@ class PlanesReader:
             for c in (np.arange(tile.columns),)
         )
 
+    def columns(self) -> list[jax.Array]:
+        """`dims` as a kernel computes them."""
+        columns = []
+        for i, bit in self.fields:
+            tile = self.tiles[i]
+            column = jnp.arange(tile.columns, dtype=jnp.int32)
+            first = bit // self.width * self.words + tile.start
+            if tile.step > 1:  # each field's words begin again, `words` dims on
+                field = jax.lax.div(column, jnp.full_like(column, tile.words))
+                column = column + field * (self.words - tile.words)
+            columns.append(first + column)
+        return columns
+
     def gains(self, asm: bool) -> tuple[float, ...]:
         """What each operand's values are still to be multiplied by."""
-        if self.levels.coefficients or self.signed or not asm:
+        if self.bytes_are == "float8_e4m3fn" and asm:
+            return (2.0**8,) * len(self.fields)
+        if self.levels.coefficients or self.bytes_are != "uint8" or not asm:
             return (self.levels.gain,) * len(self.fields)
         return tuple(
             2.0 ** (24 - _place(_nibble(bit % 16, self.levels), self.levels)[1])
@@ -295,7 +315,7 @@ class PlanesReader:
     def _text(self, bit: int) -> str:
         """PTX of one pair of the field at `bit`."""
         if self.levels.bits == 8:
-            return _bytes_asm(self.word_bits, bit, self.signed)
+            return _bytes_asm(self.word_bits, bit, self.bytes_are)
         bit = _nibble(bit, self.levels)
         if self.levels.table:
             return _lookup3_asm(self.levels.table, self.word_bits, bit // 4)
@@ -360,9 +380,12 @@ class PlanesReader:
         if len(words) == 2:
             one = np.asarray(1, words[1].dtype)
             code = code + 4 * (words[1] >> np.asarray(bit, words[1].dtype) & one).astype(jnp.int32)
+        if self.bytes_are.startswith("float8"):
+            code = jax.lax.bitcast_convert_type(code.astype(jnp.uint8), self.bytes_are)
+            return code.astype(jnp.float16)
         code = code.astype(jnp.float32)
         if not self.levels.coefficients:
-            return (code - (128 if self.signed else 0)).astype(jnp.float16)
+            return (code - (128 if self.bytes_are == "int8" else 0)).astype(jnp.float16)
         if self.levels.table:
             index = jnp.abs(code - 7.5) - 0.5 if self.levels.bits == 4 else code
             value = jnp.zeros_like(code)
@@ -411,8 +434,8 @@ def coded_reader(side: str, codec: "TensorCodec", head_dim: int, arrays: dict) -
     names = (f"{side}_codes", f"{side}_high")[: 2 if codec.bits == 3 else 1]
     # A lookup of 4 bits takes words that are 16 or more columns by themselves.
     lookup = codec.bits == 3 or head_dim * 4 // word_bits % LEAST_COLUMNS == 0
-    signed = codec.bits == 8 and codec.codes_dtype == jnp.int8
-    return PlanesReader(head_dim, word_bits, make_levels(codec, lookup), names, signed)
+    bytes_are = str(codec.codes_dtype) if codec.bits == 8 else "uint8"
+    return PlanesReader(head_dim, word_bits, make_levels(codec, lookup), names, bytes_are)
 
 
 def exp2(x: jax.Array, asm: bool) -> jax.Array:
@@ -588,20 +611,32 @@ def _lookup3_asm(table: tuple[float, ...], word_bits: int, plane: int) -> str:
 
 
 @functools.cache
-def _bytes_asm(word_bits: int, bit: int, signed: bool) -> str:
-    """PTX of one pair of bytes, byte `bit / 8` of a pair of words: code * 2^-24, or signed ones.
+def _bytes_asm(word_bits: int, bit: int, bytes_are: str) -> str:
+    """PTX of one pair of bytes, byte `bit / 8` of a pair of words, as float16.
 
-    Unsigned bytes are float16 subnormals, signed ones become 1024 + code + 128 first.
+    Unsigned bytes are subnormals, code * 2^-24; signed ones become 1024 + code + 128 first. Float8
+    of 5 exponent bits is the top half of a float16; of 4 it is one shift away, times 2^-8.
     """
-    byte, exponent = bit // 8, "0x64646464" if signed else "0x00000000"
+    byte = bit // 8
+    exponent = "0x64646464" if bytes_are == "int8" else "0x00000000"
     lines = [".reg .b32 t, e;", f"mov.b32 e, {exponent};"]
-    if word_bits == 32:
-        lines.append(f"prmt.b32 t, $1, $2, 0x0{4 + byte}0{byte};")
-        lines.append("lop3.b32 t, t, 0x00ff00ff, e, 0xe2;")  # (a & b) | (c & ~b)
+    if bytes_are.startswith("float8"):
+        assert word_bits == 16, "layouts keep float8 as bytes beside 32-bit words"
+        lines.append(f"prmt.b32 t, $1, e, {'0x2404' if byte == 0 else '0x3414'};")
+        if bytes_are == "float8_e4m3fn":
+            lines += [
+                "shr.u32 e, t, 1;",
+                "and.b32 e, e, 0x3f803f80;",
+                "lop3.b32 t, t, 0x80008000, e, 0xea;",  # (a & b) | c
+            ]
     else:
-        lines.append(f"prmt.b32 t, $1, e, {'0x4240' if byte == 0 else '0x4341'};")
-    if signed:
-        lines += [f"mov.b32 e, {_half(-1152.0)};", "add.rn.f16x2 t, t, e;"]
+        if word_bits == 32:
+            lines.append(f"prmt.b32 t, $1, $2, 0x0{4 + byte}0{byte};")
+            lines.append("lop3.b32 t, t, 0x00ff00ff, e, 0xe2;")  # (a & b) | (c & ~b)
+        else:
+            lines.append(f"prmt.b32 t, $1, e, {'0x4240' if byte == 0 else '0x4341'};")
+        if bytes_are == "int8":
+            lines += [f"mov.b32 e, {_half(-1152.0)};", "add.rn.f16x2 t, t, e;"]
     return "{\n" + "\n".join([*lines, "mov.b32 $0, t;"]) + "\n}"
 
 
