@@ -24,6 +24,7 @@ from pallas_kernels.paged_attention.gpu_dequant import (
     exact_reader,
     exp2,
     factor_value,
+    split_columns,
 )
 from pallas_kernels.paged_attention.gpu_split import (
     LN2,
@@ -41,7 +42,6 @@ LOG2E = 1.4426950408889634
 HEAD_DIMS = (64, 80, 96, 128, 192, 256)
 PAGE_SIZES = (16, 32, 64, 128)
 MOST_ROWS = 128  # query heads of a kv head times query tokens
-MEAN_PAGES = 16  # whose means are scored together: a dot's least rows
 FLOAT16_MAX = 65504.0
 # float16 probabilities are up to 2^4, not 1: small ones keep their bits, and factors up to 4094
 # fit beside them (larger ones saturate, as those of a token that is not finite do).
@@ -211,7 +211,9 @@ def paged_attention(
         q = pages.layout.codec.key.rotate(q) * (scale * LOG2E)
         q = jnp.clip(q, -FLOAT16_MAX, FLOAT16_MAX).astype(k.dtype)
         if case.has_mean:
-            arrays = arrays | {"mean": pages.key_mean}
+            scalars["bias"] = _mean_scores(
+                q, pages.key_mean, scalars, case, config, pages=most_pages, interpret=interpret
+            )
         q = _permute(q, np.concatenate(k.dims))
     for reader in (k, v):
         if not isinstance(reader, PlanesReader) and arrays[reader.arrays[0]].dtype != reader.stored:
@@ -299,10 +301,8 @@ class _Item:
     span: SpanPages
 
 
-def _read_item(refs, case: Case) -> _Item:
-    i = pl.program_id(1)
-    b = i if case.direct else refs["item"][i]
-    span = span_pages(
+def _read_span(refs, b, case: Case) -> SpanPages:
+    return span_pages(
         refs["q_start"][b],
         refs["kv_start"][b],
         refs["kv_stop"][b],
@@ -310,6 +310,12 @@ def _read_item(refs, case: Case) -> _Item:
         window=case.window,
         sink_tokens=case.sink_tokens,
     )
+
+
+def _read_item(refs, case: Case) -> _Item:
+    i = pl.program_id(1)
+    b = i if case.direct else refs["item"][i]
+    span = _read_span(refs, b, case)
     if case.direct:
         return _Item(b, jnp.int32(0), span.pages, span)
     return _Item(b, refs["item_start"][i], refs["item_stop"][i], span)
@@ -341,6 +347,20 @@ class _Axes:
 
     def shape(self, rows, n):
         return (n, rows) if self.transposed else (rows, n)
+
+    # A sum over tokens. Where warps share a row's tokens, adding them up is a trip through shared
+    # memory: each place of a block then keeps its own sum, and one trip at the end is enough.
+
+    def no_sum(self, rows, block):
+        return jnp.zeros((rows,) if self.transposed else (rows, block), jnp.float32)
+
+    def add(self, total, shrink, x):
+        if self.transposed:
+            return total * shrink + jnp.sum(x, axis=0)
+        return total * shrink[:, None] + x
+
+    def total(self, total):
+        return total if self.transposed else jnp.sum(total, axis=1)
 
 
 def _dot(a, b):
@@ -435,42 +455,8 @@ def _kernel(*args, names, case: Case, config: DecodeConfig):
         k_factors = [where.load_factor(refs["k_factors"], i) for i in range(case.k_factors)]
         return k_factors, [where.load_factor(refs["v_factors"], i) for i in range(case.v_factors)]
 
-    def score_means(group):
-        """Scores of the means of `MEAN_PAGES` of the item's pages, in the scores' orientation."""
-        ordinal = item.start + group * MEAN_PAGES + jnp.arange(MEAN_PAGES, dtype=jnp.int32)
-        inside = ordinal < item.stop
-        logical = span.position(ordinal * page_size, page_size) // page_size
-        page = plgpu.load(refs["table"].at[b, logical % width], mask=inside, other=0)
-        if refs["mean"].shape[1] == 1:  # one for all pages
-            page = jnp.zeros_like(page)
-        s = jnp.zeros(axes.shape(rows, MEAN_PAGES), jnp.float32)
-        for part, column, gain in zip(q, case.k.columns(), k_gains, strict=True):
-            shape = (MEAN_PAGES, column.shape[0])
-            pages, columns = (jnp.broadcast_to(x, shape) for x in (page[:, None], column[None]))
-            mean = plgpu.load(
-                refs["mean"].at[layer, pages, h, columns],
-                mask=jnp.broadcast_to(inside[:, None], shape),
-                other=jnp.zeros((), refs["mean"].dtype),
-            )
-            s = s + axes.scores(mean.astype(part.dtype), part) * (k_gains[0] / gain)
-        return s
-
-    def add_means(s, i, known):
-        """Adds the scores of the block's pages' means; `known` are those of one group of pages."""
-        page = jax.lax.div(i * block, jnp.int32(page_size))
-        group = jax.lax.div(page, jnp.int32(MEAN_PAGES))
-        known_group, scores = known
-        scores = jax.lax.cond(group == known_group, lambda: scores, lambda: score_means(group))
-        each = group * MEAN_PAGES + axes.by_token(jnp.arange(MEAN_PAGES, dtype=jnp.int32))
-        score = lambda p: axes.by_row(jnp.sum(jnp.where(each == p, scores, 0.0), axis=axes.tokens))
-        bias = score(page)
-        for j in range(1, block // page_size):
-            own = axes.by_token(jnp.arange(block, dtype=jnp.int32) >= j * page_size)
-            bias = jnp.where(own, score(page + j), bias)
-        return s + bias, (group, scores)
-
     def attend(i, state, masked, factors=None):
-        m, l, zero_sum, accs, known = state
+        m, l, zero_sum, accs = state
         where, positions, inside = locate(i, masked)
         if factors is None and config.early_factors:
             factors = load_factors(where)
@@ -487,7 +473,7 @@ def _kernel(*args, names, case: Case, config: DecodeConfig):
         if row_sum is not None:
             s = s + axes.by_token(factor_value(k_factors[1])) * row_sum
         if case.has_mean:
-            s, known = add_means(s, i, known)
+            s = s + _load_bias(refs["bias"], b, where, axes, rows)
         if case.soft_cap is not None:
             cap = case.soft_cap * LOG2E
             s = cap * jnp.tanh(s * (1.0 / cap))
@@ -499,11 +485,11 @@ def _kernel(*args, names, case: Case, config: DecodeConfig):
         p = exp2(s - axes.by_row(m_new - offset), case.asm)
         if masked:
             p = jnp.where(ok, p, 0.0)
-        l = l * shrink + jnp.sum(p, axis=axes.tokens)
+        l = axes.add(l, shrink, p)
         if case.v_factors:
             if case.v_factors > 1:
                 zero = axes.by_token(factor_value(v_factors[1]))
-                zero_sum = zero_sum * shrink + jnp.sum(p * zero, axis=axes.tokens)
+                zero_sum = axes.add(zero_sum, shrink, p * zero)
             factor = jnp.minimum(factor_value(v_factors[0]), FLOAT16_MAX / 2.0**offset)
             p = p * axes.by_token(factor)
         p = p.astype(case.v.dtype)
@@ -511,16 +497,13 @@ def _kernel(*args, names, case: Case, config: DecodeConfig):
             acc * axes.by_row(shrink) + axes.outputs(p, v_part)
             for acc, v_part in zip(accs, case.v.operands(v_words, case.asm, v_shifts), strict=True)
         )
-        return m_new, l, zero_sum, accs, known
+        return m_new, l, zero_sum, accs
 
     state = (
         jnp.full((rows,), NOTHING_SEEN, jnp.float32),
-        jnp.zeros((rows,), jnp.float32),
-        jnp.zeros((rows,), jnp.float32),
+        axes.no_sum(rows, block),
+        axes.no_sum(rows, block),
         tuple(jnp.zeros(axes.shape(rows, size), jnp.float32) for _, size in _columns(case.v)),
-        (jnp.int32(-1), jnp.zeros(axes.shape(rows, MEAN_PAGES), jnp.float32))
-        if case.has_mean
-        else (),
     )
     if config.mask_all or (case.window is not None and case.sink_tokens):
         state = jax.lax.fori_loop(0, blocks, functools.partial(attend, masked=True), state)
@@ -549,7 +532,8 @@ def _kernel(*args, names, case: Case, config: DecodeConfig):
         )
         state = jax.lax.fori_loop(0, whole_start + blocks - whole_stop, edge, state)
 
-    m, l, zero_sum, accs, _ = state
+    m, l, zero_sum, accs = state
+    l, zero_sum = axes.total(l), axes.total(zero_sum)
     seen = (l > 0) & (row_token < q_len)
     total = jnp.where(seen, l, 1.0)
     norm = jnp.where(seen, 1.0 / total, 0.0)
@@ -608,3 +592,79 @@ def _whole_span(case: Case, q_start, q_len, kv_start, kv_stop):
             low = jnp.maximum(low, ((q_stop - 1) // size - case.lag.most + 1) * size)
         high = jnp.minimum(high, (q_start // size - case.lag.least + 1) * size)
     return low, high
+
+
+def _load_bias(bias_ref, b, where: Where, axes: _Axes, rows: int):
+    """Scores of the pages' means, ready to be added: `bias[b, h, slot of the table, row]`."""
+    width = bias_ref.shape[2]
+    if jnp.ndim(where.page) == 0:
+        slot = where.logical % width
+        return axes.by_row(bias_ref[b, where.head, slot, pl.ds(0, rows)])
+    shape = axes.shape(rows, where.tokens)
+    slot = jnp.broadcast_to(axes.by_token(where.logical % width), shape)
+    row = jnp.broadcast_to(axes.by_row(jnp.arange(rows, dtype=jnp.int32)), shape)
+    at = bias_ref.at[b, where.head, slot, row]
+    if where.inside is None:
+        return plgpu.load(at)
+    inside = jnp.broadcast_to(axes.by_token(where.inside), shape)
+    return plgpu.load(at, mask=inside, other=0.0)
+
+
+def _mean_scores(q, mean, scalars, case: Case, config: DecodeConfig, *, pages, interpret):
+    """`q . mean` of every page that is read: `f32[batch, kv_heads, width, rows]`, others unset."""
+    rows = max(8 if config.transposed else 16, pl.next_power_of_2(case.rows))
+    names = ("layer", "q_start", "kv_start", "kv_stop", "table")
+    refs = {name: scalars[name] for name in names} | dict(q=q, mean=mean)
+    batch, width = scalars["table"].shape
+    kv_heads = mean.shape[2]
+    [bias] = pl.pallas_call(
+        functools.partial(_mean_kernel, names=tuple(refs), case=case, rows=rows),
+        out_shape=[jax.ShapeDtypeStruct((batch, kv_heads, width, rows), jnp.float32)],
+        grid=(kv_heads, pl.cdiv(pages, MEAN_PAGES), batch),
+        compiler_params=plgpu.CompilerParams(num_warps=1, num_stages=1),
+        interpret=interpret,
+        name="paged_attention_mean",
+    )(*refs.values())
+    return bias
+
+
+MEAN_PAGES = 16  # of a program: a dot's least rows
+
+
+def _mean_kernel(*args, names, case: Case, rows: int):
+    refs = dict(zip(names, args, strict=False))
+    bias_ref = args[len(names)]
+    h, b, layer = pl.program_id(0), pl.program_id(2), refs["layer"][0]
+    span = _read_span(refs, b, case)
+    start = pl.program_id(1) * MEAN_PAGES
+
+    @pl.when(start < span.pages)
+    def _():
+        width = refs["table"].shape[1]
+        row_token, row_head = _row_index(rows, case)
+        row_head = row_head + h * case.group
+        ordinal = start + jnp.arange(MEAN_PAGES, dtype=jnp.int32)
+        inside = ordinal < span.pages
+        slot = span.position(ordinal * case.page_size, case.page_size) // case.page_size % width
+        page = plgpu.load(refs["table"].at[b, slot], mask=inside, other=0)
+        if refs["mean"].shape[1] == 1:  # one for all pages
+            page = jnp.zeros_like(page)
+        s = jnp.zeros((MEAN_PAGES, rows), jnp.float32)
+        for part, size in split_columns(refs["mean"].shape[3]):
+            q = refs["q"][b, row_token, row_head, pl.ds(part, size)]
+            shape = (MEAN_PAGES, size)
+            column = part + jnp.arange(size, dtype=jnp.int32)
+            pages, column = (jnp.broadcast_to(x, shape) for x in (page[:, None], column[None]))
+            mean = plgpu.load(
+                refs["mean"].at[layer, pages, h, column],
+                mask=jnp.broadcast_to(inside[:, None], shape),
+                other=jnp.zeros((), refs["mean"].dtype),
+            )
+            s = s + _dot(mean.astype(q.dtype), q.T)
+        row = jnp.broadcast_to(jnp.arange(rows, dtype=jnp.int32)[None], s.shape)
+        slot = jnp.where(inside, slot, width)  # out of bounds, for the interpreter as above
+        plgpu.store(
+            bias_ref.at[b, h, jnp.broadcast_to(slot[:, None], s.shape), row],
+            s,
+            mask=jnp.broadcast_to(inside[:, None], s.shape),
+        )

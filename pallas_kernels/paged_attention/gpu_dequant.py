@@ -172,10 +172,6 @@ class WholeReader:
         """Dims in each operand's columns."""
         return tuple(np.arange(a, a + n) for a, n in split_columns(self.head_dim))
 
-    def columns(self) -> list[jax.Array]:
-        """`dims` as a kernel computes them."""
-        return [a + jnp.arange(n, dtype=jnp.int32) for a, n in split_columns(self.head_dim)]
-
     def gains(self, asm: bool) -> tuple[float, ...]:
         """What each operand's values are still to be multiplied by."""
         return (1.0,) * len(self.dims)
@@ -236,22 +232,9 @@ class PlanesReader:
             for c in (np.arange(tile.columns),)
         )
 
-    def columns(self) -> list[jax.Array]:
-        """`dims` as a kernel computes them."""
-        columns = []
-        for i, bit in self.fields:
-            tile = self.tiles[i]
-            column = jnp.arange(tile.columns, dtype=jnp.int32)
-            first = bit // self.width * self.words + tile.start
-            if tile.step > 1:  # each field's words begin again, `words` dims on
-                field = jax.lax.div(column, jnp.full_like(column, tile.words))
-                column = column + field * (self.words - tile.words)
-            columns.append(first + column)
-        return columns
-
     def gains(self, asm: bool) -> tuple[float, ...]:
         """What each operand's values are still to be multiplied by."""
-        if self.bytes_are == "float8_e4m3fn" and asm:
+        if self.bytes_are == "float8_e4m3fn" and asm and not _converts_float8():
             return (2.0**8,) * len(self.fields)
         if self.levels.coefficients or self.bytes_are != "uint8" or not asm:
             return (self.levels.gain,) * len(self.fields)
@@ -610,17 +593,31 @@ def _lookup3_asm(table: tuple[float, ...], word_bits: int, plane: int) -> str:
     return "{\n" + "\n".join(lines) + "\n}"
 
 
+def _converts_float8() -> bool:
+    """Whether the GPU's instructions include e4m3 to float16: from Ada and Hopper on."""
+    capability = str(getattr(jax.devices()[0], "compute_capability", ""))
+    return "." in capability and tuple(map(int, capability.split("."))) >= (8, 9)
+
+
 @functools.cache
 def _bytes_asm(word_bits: int, bit: int, bytes_are: str) -> str:
     """PTX of one pair of bytes, byte `bit / 8` of a pair of words, as float16.
 
     Unsigned bytes are subnormals, code * 2^-24; signed ones become 1024 + code + 128 first. Float8
-    of 5 exponent bits is the top half of a float16; of 4 it is one shift away, times 2^-8.
+    of 5 exponent bits is the top half of a float16; of 4, where no instruction converts it, one
+    shift away and times 2^-8.
     """
     byte = bit // 8
     exponent = "0x64646464" if bytes_are == "int8" else "0x00000000"
     lines = [".reg .b32 t, e;", f"mov.b32 e, {exponent};"]
-    if bytes_are.startswith("float8"):
+    if bytes_are == "float8_e4m3fn" and _converts_float8():
+        lines += [
+            ".reg .b16 low, high;",
+            f"prmt.b32 t, $1, e, {'0x4420' if byte == 0 else '0x4431'};",
+            "mov.b32 {low, high}, t;",
+            "cvt.rn.f16x2.e4m3x2 t, low;",
+        ]
+    elif bytes_are.startswith("float8"):
         assert word_bits == 16, "layouts keep float8 as bytes beside 32-bit words"
         lines.append(f"prmt.b32 t, $1, e, {'0x2404' if byte == 0 else '0x3414'};")
         if bytes_are == "float8_e4m3fn":
