@@ -26,7 +26,7 @@ import jaxkv
 import models
 from jaxkv.codecs import get_codec
 from jaxkv.generation import decode_block, start
-from models.rope import make_rope
+from models.random_weights import named_shape
 from scripts.command import run_command
 from scripts.device_time import device_kernels
 from scripts.plan import make_table
@@ -34,27 +34,6 @@ from scripts.plan import make_table
 Names = Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="NAME")]
 Numbers = Annotated[tyro.conf.UseAppendAction[tuple[int, ...]], tyro.conf.arg(metavar="N")]
 
-
-def _shape(layers, hidden, inner, q_heads, kv_heads, head_dim, vocab) -> models.DecoderConfig:
-    return models.DecoderConfig(
-        architecture="llama",
-        vocab_size=vocab,
-        hidden_size=hidden,
-        intermediate_size=inner,
-        q_heads=q_heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        windows=(None,) * layers,
-        rope=make_rope(head_dim, {"rope_type": "default", "rope_theta": 500_000.0}),
-        norm_eps=1e-5,
-    )
-
-
-SHAPES = {
-    "llama3-8b": _shape(32, 4096, 14336, 32, 8, 128, 128_256),
-    "llama3-1b": _shape(16, 2048, 8192, 32, 8, 64, 128_256),
-    "tiny": _shape(3, 96, 128, 6, 2, 64, 300),
-}
 ATTENTION = "paged_attention"  # our kernels' names begin with it
 GEMMS = ("gemm", "cutlass", "nvjet", "cublas", "splitK", "dot")
 
@@ -87,23 +66,6 @@ class Args:
     """GiB of the device; what needs more is left out."""
     json: bool = False
     """Last line of standard output: one JSON object."""
-
-
-def random_model(config: models.DecoderConfig, *, scan: bool, dtype: str) -> models.Decoder:
-    """A model of random weights; one small program for each shape, not one for the model."""
-    abstract = nnx.eval_shape(lambda: models.Decoder(config, nnx.Rngs(0), scan=scan, dtype=dtype))
-    graph, state = nnx.split(abstract)
-
-    @functools.partial(jax.jit, static_argnames=("shape", "dtype"))
-    def draw(seed, shape, dtype):
-        return jax.random.normal(jax.random.key(seed), shape, dtype) * shape[-1] ** -0.5
-
-    filled = []
-    for seed, (path, parameter) in enumerate(nnx.to_flat_state(state)):
-        one = parameter.get_value()
-        value = draw(seed, one.shape, one.dtype) if one.ndim > 1 else jnp.ones(one.shape, one.dtype)
-        filled.append((path, parameter.replace(value)))
-    return nnx.merge(graph, nnx.from_flat_state(filled))
 
 
 def fill(cache: jaxkv.KVCache, context: int) -> jaxkv.KVCache:
@@ -149,8 +111,7 @@ def kind(kernel: str) -> str:
 def main(args: Args) -> int:
     """Measures every batch and codec, prints a table; returns the exit code."""
     log = Console(stderr=True, highlight=False)
-    if args.shape not in SHAPES:
-        raise ValueError(f"--shape {args.shape!r} must be one of {', '.join(SHAPES)}.")
+    config = named_shape(args.shape)
     batches = args.batch or (1, 8, 64)
     codecs = args.codec or ("exact", "fp8_e4m3", "tq4")
     for name in codecs:
@@ -158,9 +119,7 @@ def main(args: Args) -> int:
     device = jax.devices()[0].device_kind
     log.print(f"{device}, jax {jax.__version__}, {args.shape}, {args.dtype}")
     began = time.perf_counter()
-    config = SHAPES[args.shape]
-
-    model = random_model(config, scan=args.scan, dtype=args.dtype)
+    model = models.random_model(args.shape, scan=args.scan, dtype=args.dtype)
     weights = sum(x.nbytes for x in jax.tree.leaves(nnx.state(model)))
     read = weights - model.embedding.get_value().nbytes  # a step gathers few of its rows
     log.print(f"weights {weights / 2**30:.2f} GiB after {time.perf_counter() - began:.0f} s")
