@@ -13,6 +13,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Sequence
 from typing import Annotated
 
 import jax
@@ -27,6 +28,7 @@ import models
 from jaxkv.codecs import get_codec
 from jaxkv.generation import decode_block, start
 from models.random_weights import named_shape
+from scripts import bench_step_peer
 from scripts.command import run_command
 from scripts.device_time import device_kernels
 from scripts.plan import make_table
@@ -42,8 +44,9 @@ GEMMS = ("gemm", "cutlass", "nvjet", "cublas", "splitK", "dot")
 class Args:
     """Measures decode steps of a model of random weights, whose cache holds --context tokens.
 
-    Example:
+    Examples:
       bench_step.py --shape llama3-8b --batch 1 --batch 64 --codec fp8_e4m3 --codec tq4
+      bench_step.py --batch 1 --batch 8 --codec exact --peers
     """
 
     shape: str = "llama3-8b"
@@ -64,6 +67,10 @@ class Args:
     """Scan over stacked layers: compiles sooner, may copy weights."""
     memory: float = 78.0
     """GiB of the device; what needs more is left out."""
+    peers: bool = False
+    """Measure transformers' `generate` with a static cache beside: eager, and compiled."""
+    peer_seconds: float = 120.0
+    """A peer's case that takes longer is given up."""
     json: bool = False
     """Last line of standard output: one JSON object."""
 
@@ -108,6 +115,48 @@ def kind(kernel: str) -> str:
     return "weights" if any(name in kernel for name in GEMMS) else "rest"
 
 
+def keep(name: str, rows: list[dict]) -> None:
+    """Writes what is measured so far into the folder $OUT, if there is one."""
+    if "OUT" in os.environ:
+        with open(f"{os.environ['OUT']}/{name}.json", "w") as file:
+            json.dump(rows, file)
+
+
+def measure_peers(
+    args: Args, config: models.DecoderConfig, batches: Sequence[int], log: Console
+) -> list[dict]:
+    """A row like ours of every peer's case that fits and ends well; logs each when it is ready."""
+    rows = []
+    for batch, compiled in itertools.product(batches, (False, True)):
+        case = bench_step_peer.Case(
+            layers=config.layers,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            q_heads=config.q_heads,
+            kv_heads=config.kv_heads,
+            head_dim=config.head_dim,
+            vocab_size=config.vocab_size,
+            dtype=args.dtype,
+            batch=batch,
+            context=args.context,
+            steps=args.steps,
+            repeats=args.repeats,
+            compiled=compiled,
+        )
+        if case.bytes > (args.memory - 2) * 2**30:
+            need = f"{case.bytes / 2**30:.1f} GiB of weights, cache and prompt"
+            log.print(f"batch {batch}, {case.name}: {need} do not fit")
+            continue
+        try:
+            rows.append(bench_step_peer.run_case(case, limit=args.peer_seconds))
+        except RuntimeError as error:
+            log.print(f"batch {batch}, {case.name}: {error}")
+            continue
+        log.print(f"batch {batch} {case.name}: {rows[-1]}", soft_wrap=True)
+        keep("bench_step_peers", rows)
+    return rows
+
+
 def main(args: Args) -> int:
     """Measures every batch and codec, prints a table; returns the exit code."""
     log = Console(stderr=True, highlight=False)
@@ -116,6 +165,12 @@ def main(args: Args) -> int:
     codecs = args.codec or ("exact", "fp8_e4m3", "tq4")
     for name in codecs:
         get_codec(name)
+    # Peers come first: JAX gives no memory back once it has taken it, so this process must not have
+    # touched the device yet.
+    peers: list[dict] = []
+    if args.peers:
+        bench_step_peer.check_packages()
+        peers = measure_peers(args, config, batches, log)
     device = jax.devices()[0].device_kind
     log.print(f"{device}, jax {jax.__version__}, {args.shape}, {args.dtype}")
     began = time.perf_counter()
@@ -200,13 +255,12 @@ def main(args: Args) -> int:
             }
         )
         log.print(f"batch {batch} {codec}: {rows[-1]}", soft_wrap=True)
-        if "OUT" in os.environ:
-            with open(f"{os.environ['OUT']}/bench_step.json", "w") as file:
-                json.dump(rows, file)
-    number = lambda key, form: [format(row[key], form) for row in rows]
+        keep("bench_step", rows)
+    shown = sorted(rows + peers, key=lambda row: row["batch"])
+    number = lambda key, form: [format(row[key], form) if key in row else "" for row in shown]
     columns = {
         "batch": number("batch", "d"),
-        "codec": [row["codec"] for row in rows],
+        "codec or peer": [row["codec"] for row in shown],
         "tokens/s": number("tokens_per_second", ",.0f"),
         "step ms": number("step_ms", ".2f"),
         "spread": number("spread", ".1%"),
@@ -219,7 +273,8 @@ def main(args: Args) -> int:
     title = f"{args.shape}, {args.context} tokens, {device}; weights read {read / 1e9:.1f} GB"
     Console(file=sys.stdout, highlight=False).print(make_table(title, columns))
     if args.json:
-        print(json.dumps({"shape": args.shape, "context": args.context, "results": rows}))
+        report = {"shape": args.shape, "context": args.context, "results": rows, "peers": peers}
+        print(json.dumps(report))
     return 0
 
 
