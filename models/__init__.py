@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -12,6 +13,7 @@ from models.config import DecoderConfig as DecoderConfig
 from models.decoder import Decoder as Decoder
 from models.loaders import Progress, load_decoder
 from models.loaders import architecture_config as architecture_config
+from models.random_weights import draw_decoder, named_shape
 from models.smollm2 import fetch_smollm2
 
 NAMES = {"smollm2": fetch_smollm2}  # models that can be had by name
@@ -54,10 +56,27 @@ def load(
       CheckpointError: one line: what is wrong with which file or tensor.
     """
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
-    on_cpu = jax.default_backend() == "cpu"
-    return load_decoder(
-        checkpoint,
-        dtype=dtype or ("float32" if on_cpu else "bfloat16"),
-        scan=jax.default_backend() == "tpu" if scan is None else scan,
-        progress=progress,
-    )
+    return load_decoder(checkpoint, progress=progress, **_by_platform(dtype, scan))
+
+
+def random_model(shape: str, *, dtype: str | None = None, scan: bool | None = None) -> Decoder:
+    """Makes a model of random weights, for measuring speed without a checkpoint.
+
+    Args:
+      shape: "llama3-8b", "llama3-1b" or "tiny".
+      dtype: as in `load`.
+      scan: as in `load`.
+
+    Raises:
+      ValueError: there is no such shape.
+    """
+    return draw_decoder(named_shape(shape), **_by_platform(dtype, scan))
+
+
+def _by_platform(dtype: str | None, scan: bool | None) -> dict[str, Any]:
+    """What `load` promises for None."""
+    platform = jax.default_backend()
+    return {
+        "dtype": dtype or ("float32" if platform == "cpu" else "bfloat16"),
+        "scan": platform == "tpu" if scan is None else scan,
+    }

@@ -13,6 +13,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Sequence
 from typing import Annotated
 
 import jax
@@ -26,7 +27,8 @@ import jaxkv
 import models
 from jaxkv.codecs import get_codec
 from jaxkv.generation import decode_block, start
-from models.rope import make_rope
+from models.random_weights import named_shape
+from scripts import bench_step_peer
 from scripts.command import run_command
 from scripts.device_time import device_kernels
 from scripts.plan import make_table
@@ -34,27 +36,6 @@ from scripts.plan import make_table
 Names = Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="NAME")]
 Numbers = Annotated[tyro.conf.UseAppendAction[tuple[int, ...]], tyro.conf.arg(metavar="N")]
 
-
-def _shape(layers, hidden, inner, q_heads, kv_heads, head_dim, vocab) -> models.DecoderConfig:
-    return models.DecoderConfig(
-        architecture="llama",
-        vocab_size=vocab,
-        hidden_size=hidden,
-        intermediate_size=inner,
-        q_heads=q_heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        windows=(None,) * layers,
-        rope=make_rope(head_dim, {"rope_type": "default", "rope_theta": 500_000.0}),
-        norm_eps=1e-5,
-    )
-
-
-SHAPES = {
-    "llama3-8b": _shape(32, 4096, 14336, 32, 8, 128, 128_256),
-    "llama3-1b": _shape(16, 2048, 8192, 32, 8, 64, 128_256),
-    "tiny": _shape(3, 96, 128, 6, 2, 64, 300),
-}
 ATTENTION = "paged_attention"  # our kernels' names begin with it
 GEMMS = ("gemm", "cutlass", "nvjet", "cublas", "splitK", "dot")
 
@@ -63,8 +44,9 @@ GEMMS = ("gemm", "cutlass", "nvjet", "cublas", "splitK", "dot")
 class Args:
     """Measures decode steps of a model of random weights, whose cache holds --context tokens.
 
-    Example:
+    Examples:
       bench_step.py --shape llama3-8b --batch 1 --batch 64 --codec fp8_e4m3 --codec tq4
+      bench_step.py --batch 1 --batch 8 --codec exact --peers
     """
 
     shape: str = "llama3-8b"
@@ -85,25 +67,12 @@ class Args:
     """Scan over stacked layers: compiles sooner, may copy weights."""
     memory: float = 78.0
     """GiB of the device; what needs more is left out."""
+    peers: bool = False
+    """Measure transformers' `generate` with a static cache beside: eager, and compiled."""
+    peer_seconds: float = 120.0
+    """A peer's case that takes longer is given up."""
     json: bool = False
     """Last line of standard output: one JSON object."""
-
-
-def random_model(config: models.DecoderConfig, *, scan: bool, dtype: str) -> models.Decoder:
-    """A model of random weights; one small program for each shape, not one for the model."""
-    abstract = nnx.eval_shape(lambda: models.Decoder(config, nnx.Rngs(0), scan=scan, dtype=dtype))
-    graph, state = nnx.split(abstract)
-
-    @functools.partial(jax.jit, static_argnames=("shape", "dtype"))
-    def draw(seed, shape, dtype):
-        return jax.random.normal(jax.random.key(seed), shape, dtype) * shape[-1] ** -0.5
-
-    filled = []
-    for seed, (path, parameter) in enumerate(nnx.to_flat_state(state)):
-        one = parameter.get_value()
-        value = draw(seed, one.shape, one.dtype) if one.ndim > 1 else jnp.ones(one.shape, one.dtype)
-        filled.append((path, parameter.replace(value)))
-    return nnx.merge(graph, nnx.from_flat_state(filled))
 
 
 def fill(cache: jaxkv.KVCache, context: int) -> jaxkv.KVCache:
@@ -145,21 +114,66 @@ def kind(kernel: str) -> str:
     return "weights" if any(name in kernel for name in GEMMS) else "rest"
 
 
+def keep(name: str, rows: list[dict]) -> None:
+    """Writes what is measured so far into the folder $OUT, if there is one."""
+    if "OUT" in os.environ:
+        with open(f"{os.environ['OUT']}/{name}.json", "w") as file:
+            json.dump(rows, file)
+
+
+def measure_peers(
+    args: Args, config: models.DecoderConfig, batches: Sequence[int], log: Console
+) -> list[dict]:
+    """A row like ours of every peer's case that fits and ends well; logs each when it is ready."""
+    rows = []
+    for batch, compiled in itertools.product(batches, (False, True)):
+        case = bench_step_peer.Case(
+            layers=config.layers,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            q_heads=config.q_heads,
+            kv_heads=config.kv_heads,
+            head_dim=config.head_dim,
+            vocab_size=config.vocab_size,
+            dtype=args.dtype,
+            batch=batch,
+            context=args.context,
+            steps=args.steps,
+            repeats=args.repeats,
+            compiled=compiled,
+        )
+        if case.bytes > (args.memory - 2) * 2**30:
+            need = f"{case.bytes / 2**30:.1f} GiB of weights, cache and prompt"
+            log.print(f"batch {batch}, {case.name}: {need} do not fit")
+            continue
+        try:
+            rows.append(bench_step_peer.run_case(case, limit=args.peer_seconds))
+        except RuntimeError as error:
+            log.print(f"batch {batch}, {case.name}: {error}")
+            continue
+        log.print(f"batch {batch} {case.name}: {rows[-1]}", soft_wrap=True)
+        keep("bench_step_peers", rows)
+    return rows
+
+
 def main(args: Args) -> int:
     """Measures every batch and codec, prints a table; returns the exit code."""
     log = Console(stderr=True, highlight=False)
-    if args.shape not in SHAPES:
-        raise ValueError(f"--shape {args.shape!r} must be one of {', '.join(SHAPES)}.")
+    config = named_shape(args.shape)
     batches = args.batch or (1, 8, 64)
     codecs = args.codec or ("exact", "fp8_e4m3", "tq4")
     for name in codecs:
         get_codec(name)
+    # Peers come first: JAX gives no memory back once it has taken it, so this process must not have
+    # touched the device yet.
+    peers: list[dict] = []
+    if args.peers:
+        bench_step_peer.check_packages()
+        peers = measure_peers(args, config, batches, log)
     device = jax.devices()[0].device_kind
     log.print(f"{device}, jax {jax.__version__}, {args.shape}, {args.dtype}")
     began = time.perf_counter()
-    config = SHAPES[args.shape]
-
-    model = random_model(config, scan=args.scan, dtype=args.dtype)
+    model = models.random_model(args.shape, scan=args.scan, dtype=args.dtype)
     weights = sum(x.nbytes for x in jax.tree.leaves(nnx.state(model)))
     read = weights - model.embedding.get_value().nbytes  # a step gathers few of its rows
     log.print(f"weights {weights / 2**30:.2f} GiB after {time.perf_counter() - began:.0f} s")
@@ -241,13 +255,12 @@ def main(args: Args) -> int:
             }
         )
         log.print(f"batch {batch} {codec}: {rows[-1]}", soft_wrap=True)
-        if "OUT" in os.environ:
-            with open(f"{os.environ['OUT']}/bench_step.json", "w") as file:
-                json.dump(rows, file)
-    number = lambda key, form: [format(row[key], form) for row in rows]
+        keep("bench_step", rows)
+    shown = sorted(rows + peers, key=lambda row: row["batch"])
+    number = lambda key, form: [format(row[key], form) if key in row else "" for row in shown]
     columns = {
         "batch": number("batch", "d"),
-        "codec": [row["codec"] for row in rows],
+        "codec or peer": [row["codec"] for row in shown],
         "tokens/s": number("tokens_per_second", ",.0f"),
         "step ms": number("step_ms", ".2f"),
         "spread": number("spread", ".1%"),
@@ -260,7 +273,8 @@ def main(args: Args) -> int:
     title = f"{args.shape}, {args.context} tokens, {device}; weights read {read / 1e9:.1f} GB"
     Console(file=sys.stdout, highlight=False).print(make_table(title, columns))
     if args.json:
-        print(json.dumps({"shape": args.shape, "context": args.context, "results": rows}))
+        report = {"shape": args.shape, "context": args.context, "results": rows, "peers": peers}
+        print(json.dumps(report))
     return 0
 
 

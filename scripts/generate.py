@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import jax
+import numpy as np
 import tyro
 from rich.box import SIMPLE
 from rich.console import Console
@@ -23,6 +24,7 @@ from scripts.command import keep_compiled_programs, run_command
 
 Texts = Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="TEXT")]
 Pairs = Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="NAME=VALUE")]
+RANDOM = "random:"  # how the name of a model begins that is a shape without a checkpoint
 
 
 @dataclasses.dataclass
@@ -36,14 +38,21 @@ class Args:
       generate.py --window 256 --sink-tokens 4 --prompt-file book.txt --max-tokens 2000
       generate.py --kv tq4 --prompt-file book.txt
       generate.py --kv help
+      generate.py --model random:llama3-8b --prompt-tokens 8000 --batch 8 --kv tq4
     """
 
     model: str = "smollm2"
-    """'smollm2' (98 MB, fetched once), a GGUF file, or a Hugging Face folder."""
+    """'smollm2' (98 MB, fetched once), a GGUF file, or a Hugging Face folder.
+    To measure without weights: 'random:llama3-8b', 'random:llama3-1b' or 'random:tiny'."""
     prompt: Texts = ()
     """Prompt text; repeat for a batch. Without it and --prompt-file: standard input."""
     prompt_file: Path | None = None
     """File with one more prompt."""
+    prompt_tokens: int | None = None
+    """Of random weights, which have no tokenizer: length of a random prompt; 128 if not given.
+    Token ids are printed."""
+    batch: int | None = None
+    """Of random weights: prompts side by side; 1 if not given."""
     chat: bool = False
     """Wrap each prompt in the model's chat template as a user's message."""
     template_args: Pairs = ()
@@ -80,6 +89,43 @@ class Args:
     """Attention backend; default: the platform's."""
     json: bool = False
     """Last line of standard output: one JSON object with everything."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What to run: a model, prompts, and what turns each one's answer into text."""
+
+    model: models.Decoder
+    texts: list[str]
+    prompts: list[list[int]]
+    streams: list[Any]
+    stop_ids: Sequence[int]
+
+
+class IdStream:
+    """Shows tokens by their ids: random weights have no tokenizer."""
+
+    def push(self, tokens: Sequence[int]) -> str:
+        """Takes the next ids; returns them as text."""
+        return "".join(f"{token} " for token in tokens)
+
+    def flush(self) -> str:
+        """Nothing is held back."""
+        return ""
+
+
+def check_prompt_options(args: Args) -> None:
+    """ValueError where prompts are described in a way that the kind of model can't take."""
+    drawn = args.model.startswith(RANDOM)
+    for name, value in (("--prompt-tokens", args.prompt_tokens), ("--batch", args.batch)):
+        if value is not None and not drawn:
+            raise ValueError(f"{name} {value} needs random weights: --model {RANDOM}SHAPE.")
+        if value is not None and value < 1:
+            raise ValueError(f"{name} {value} must be at least 1.")
+    worded = {"--prompt": args.prompt, "--prompt-file": args.prompt_file, "--chat": args.chat}
+    for name, value in worded.items():
+        if value and drawn:
+            raise ValueError(f"{name} needs a tokenizer; {args.model} takes --prompt-tokens N.")
 
 
 def read_prompts(args: Args) -> list[str]:
@@ -133,21 +179,8 @@ def codec_table(head_dim: int, page_size: int) -> Table:
     return table
 
 
-def main(args: Args) -> int:
-    """Loads, generates, streams, reports; returns the exit code."""
-    log = Console(stderr=True, highlight=False)
-    if args.kv == "help":
-        Console(highlight=False).print(codec_table(head_dim=128, page_size=args.page_size))
-        return 0
-    get_codec(args.kv)
-    sampling = jaxkv.Sampling(
-        temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, min_p=args.min_p
-    ).checked()
-    if args.max_tokens < 1:
-        raise ValueError(f"--max-tokens {args.max_tokens} must be at least 1.")
-    variables = template_variables(args.template_args)
-    if variables and not args.chat:
-        raise ValueError("--template-args needs --chat.")
+def ask_checkpoint(args: Args, variables: dict[str, Any], log: Console) -> Asked:
+    """Opens a checkpoint and encodes the prompts that were given as text."""
     texts = read_prompts(args)
     keep_compiled_programs(cache_folder() / "xla")
     with Progress(console=log, transient=True, disable=not log.is_terminal) as progress:
@@ -166,8 +199,51 @@ def main(args: Args) -> int:
         prompts = [tokenizer.encode(text) for text in chats]
     else:
         prompts = [tokenizer.encode(text) for text in texts]
+    return Asked(
+        model=model,
+        texts=texts,
+        prompts=prompts,
+        streams=[answer_stream(tokenizer, prompt) for prompt in prompts],
+        stop_ids=tokenizer.eos_ids,
+    )
 
-    streams = [answer_stream(tokenizer, prompt) for prompt in prompts]
+
+def ask_random(args: Args, log: Console) -> Asked:
+    """Draws a model's weights, and prompts of random tokens."""
+    batch, length = args.batch or 1, args.prompt_tokens or 128
+    keep_compiled_programs(cache_folder() / "xla")
+    with log.status("drawing weights"):
+        model = models.random_model(args.model.removeprefix(RANDOM), dtype=args.dtype)
+    rng = np.random.default_rng(args.seed)
+    tokens = rng.integers(model.config.vocab_size, size=(batch, length))
+    return Asked(
+        model=model,
+        texts=[f"{length} random tokens"] * batch,
+        prompts=tokens.tolist(),
+        streams=[IdStream() for _ in range(batch)],
+        stop_ids=(),
+    )
+
+
+def main(args: Args) -> int:
+    """Loads, generates, streams, reports; returns the exit code."""
+    log = Console(stderr=True, highlight=False)
+    if args.kv == "help":
+        Console(highlight=False).print(codec_table(head_dim=128, page_size=args.page_size))
+        return 0
+    get_codec(args.kv)
+    sampling = jaxkv.Sampling(
+        temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, min_p=args.min_p
+    ).checked()
+    if args.max_tokens < 1:
+        raise ValueError(f"--max-tokens {args.max_tokens} must be at least 1.")
+    variables = template_variables(args.template_args)
+    if variables and not args.chat:
+        raise ValueError("--template-args needs --chat.")
+    check_prompt_options(args)
+    drawn = args.model.startswith(RANDOM)
+    asked = ask_random(args, log) if drawn else ask_checkpoint(args, variables, log)
+    streams, prompts = asked.streams, asked.prompts
     alone = len(prompts) == 1
     pieces: list[list[str]] = [[] for _ in prompts]
 
@@ -189,12 +265,12 @@ def main(args: Args) -> int:
                 status.stop()
 
         result = jaxkv.generate(
-            model,
+            asked.model,
             prompts,
             max_tokens=args.max_tokens,
             sampling=sampling,
             seed=args.seed,
-            stop_ids=tokenizer.eos_ids or None,
+            stop_ids=asked.stop_ids or None,
             window=args.window,
             sink_tokens=args.sink_tokens,
             sink_positions=args.sink_positions,
@@ -212,7 +288,7 @@ def main(args: Args) -> int:
     if alone:
         print(pieces[0][-1])
     else:
-        for number, (text, output) in enumerate(zip(texts, outputs, strict=True)):
+        for number, (text, output) in enumerate(zip(asked.texts, outputs, strict=True)):
             print(f"--- {number}: {text[:60]!r} ---\n{output}")
     report = jaxkv.explain(result.config, backend=args.backend)
     log.print(
@@ -228,7 +304,7 @@ def main(args: Args) -> int:
         log.print(f"{group} on {jax.default_backend()}", style="dim", soft_wrap=True)
     if args.json:
         said = [s.messages if isinstance(s, HarmonyStream) else None for s in streams]
-        print(json.dumps(as_json(texts, outputs, said, result, report)))
+        print(json.dumps(as_json(asked.texts, outputs, said, result, report)))
     return 0
 
 

@@ -1,5 +1,6 @@
 """scripts/generate.py as a user runs it: a folder, prompts, one JSON line, one-line errors."""
 
+import dataclasses
 import io
 import json
 import shutil
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from models.random_weights import SHAPES
 from scripts import generate
 
 ROOT = Path(__file__).parents[2]
@@ -125,10 +127,52 @@ def test_bad_input_is_one_line_and_exit_code_2(folder, args, message):
     assert not done.stdout.strip()
 
 
+@pytest.mark.parametrize("kv", ["exact", "fp8_e4m3", "tq4"])
+def test_random_weights_continue_random_prompts(monkeypatch, capsys, kv):
+    monkeypatch.setattr(generate, "keep_compiled_programs", lambda folder: None)
+    layer = dataclasses.replace(SHAPES["tiny"], windows=(None,))  # one: each is compiled
+    monkeypatch.setitem(SHAPES, "tiny", layer)
+    asked = dict(prompt_tokens=19, batch=3, max_tokens=5)
+    assert generate.main(generate.Args(model="random:tiny", kv=kv, json=True, **asked)) == 0
+    said = capsys.readouterr()
+    result = json.loads(said.out.splitlines()[-1])
+    assert result["prompts"] == ["19 random tokens"] * 3 and result["prompt_tokens"] == 3 * 19
+    assert result["stop_reason"] == ["length"] * 3
+    for tokens, text in zip(result["tokens"], result["text"], strict=True):
+        assert len(tokens) == 5 and text.split() == [str(token) for token in tokens]
+    assert kv in result["layers"][0]
+    assert "prefill 57 tokens" in said.err and "decode 15 tokens" in said.err
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (dict(model="random:huge"), "'huge' must be one of llama3-8b, llama3-1b, tiny"),
+        (dict(model="random:tiny", prompt=("x",)), "--prompt needs a tokenizer"),
+        (dict(model="random:tiny", chat=True), "--chat needs a tokenizer"),
+        (dict(model="random:tiny", prompt_tokens=0), "--prompt-tokens 0 must be at least 1"),
+        (dict(model="random:tiny", batch=-1), "--batch -1 must be at least 1"),
+        (dict(prompt=("x",), prompt_tokens=5), "--prompt-tokens 5 needs random weights"),
+        (dict(prompt=("x",), batch=2), "--batch 2 needs random weights"),
+    ],
+)
+def test_prompts_that_do_not_go_with_the_model(monkeypatch, args, message):
+    monkeypatch.setattr(generate, "keep_compiled_programs", lambda folder: None)
+    with pytest.raises(ValueError, match=message):
+        generate.main(generate.Args(**args))
+
+
 def test_help_teaches():
     done = run("--help")
     assert done.returncode == 0
-    for word in ("--window", "--sink-tokens", "--chat", "StreamingLLM", "smollm2"):
+    for word in (
+        "--window",
+        "--sink-tokens",
+        "--chat",
+        "StreamingLLM",
+        "smollm2",
+        "random:llama3-8b",
+    ):
         assert word in done.stdout
 
 

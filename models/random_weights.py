@@ -1,0 +1,64 @@
+"""Decoders of random weights in published shapes: for measuring speed where no checkpoint is."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from models.config import DecoderConfig
+from models.decoder import Decoder
+from models.rope import make_rope
+
+
+def _llama(layers, hidden, inner, q_heads, kv_heads, head_dim, vocab) -> DecoderConfig:
+    return DecoderConfig(
+        architecture="llama",
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=inner,
+        q_heads=q_heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        windows=(None,) * layers,
+        rope=make_rope(head_dim, {"rope_type": "default", "rope_theta": 500_000.0}),
+        norm_eps=1e-5,
+    )
+
+
+SHAPES = {
+    "llama3-8b": _llama(32, 4096, 14336, 32, 8, 128, 128_256),
+    "llama3-1b": _llama(16, 2048, 8192, 32, 8, 64, 128_256),
+    "tiny": _llama(3, 96, 128, 6, 2, 64, 300),
+}
+
+
+def named_shape(name: str) -> DecoderConfig:
+    """The sizes that `SHAPES` keeps under a name.
+
+    Raises:
+      ValueError: there is no such name; lists those there are.
+    """
+    if name not in SHAPES:
+        raise ValueError(f"shape {name!r} must be one of {', '.join(SHAPES)}.")
+    return SHAPES[name]
+
+
+def draw_decoder(config: DecoderConfig, *, dtype: str, scan: bool) -> Decoder:
+    """Builds the model and draws every matrix on the device; norms are ones.
+
+    One small program for each shape, not one for the model, which would take minutes to compile.
+    """
+    abstract = nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(0), scan=scan, dtype=dtype))
+    graph, state = nnx.split(abstract)
+
+    @functools.partial(jax.jit, static_argnames=("shape", "dtype"))
+    def draw(seed, shape, dtype):
+        return jax.random.normal(jax.random.key(seed), shape, dtype) * shape[-1] ** -0.5
+
+    filled = []
+    for seed, (path, parameter) in enumerate(nnx.to_flat_state(state)):
+        one = parameter.get_value()
+        value = draw(seed, one.shape, one.dtype) if one.ndim > 1 else jnp.ones(one.shape, one.dtype)
+        filled.append((path, parameter.replace(value)))
+    return nnx.merge(graph, nnx.from_flat_state(filled))
