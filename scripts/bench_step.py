@@ -11,6 +11,7 @@ import itertools
 import json
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -71,6 +72,8 @@ class Args:
     """Measure transformers' `generate` with a static cache beside: eager, and compiled."""
     peer_seconds: float = 120.0
     """A peer's case that takes longer is given up."""
+    kernels: int = 0
+    """Also list the N kinds of kernels that take longest, with launches and time a step."""
     json: bool = False
     """Last line of standard output: one JSON object."""
 
@@ -112,6 +115,25 @@ def kind(kernel: str) -> str:
     if ATTENTION in kernel:
         return "attention"
     return "weights" if any(name in kernel for name in GEMMS) else "rest"
+
+
+def list_kernels(
+    kernels: list[tuple[float, str, float]], steps: int, most: int
+) -> dict[str, list[str]]:
+    """Columns of a table: launches and microseconds a step of each kind, the longest first.
+
+    XLA numbers the fusions of a program; those that differ by their number alone are one kind.
+    """
+    times: dict[str, list[float]] = {}
+    for _, name, us in kernels:
+        times.setdefault(re.sub(r"[._]\d+$", "", name), []).append(us)
+    longest = sorted(times, key=lambda name: -sum(times[name]))[:most]
+    return {
+        "kernel": [name[:80] for name in longest],
+        "launches": [f"{len(times[name]) / steps:.1f}" for name in longest],
+        "us": [f"{sum(times[name]) / steps:.1f}" for name in longest],
+        "us each": [f"{np.mean(times[name]):.2f}" for name in longest],
+    }
 
 
 def keep(name: str, rows: list[dict]) -> None:
@@ -231,8 +253,12 @@ def main(args: Args) -> int:
             return out
 
         parts: dict[str, float] = dict.fromkeys(("attention", "weights", "rest"), 0.0)
-        for _, name, us in device_kernels([once]):
+        kernels = device_kernels([once])
+        for _, name, us in kernels:
             parts[kind(name)] += us / args.steps
+        if args.kernels:
+            title = f"kernels of batch {batch}, {codec}, a step"
+            log.print(make_table(title, list_kernels(kernels, args.steps, args.kernels)))
         del state, cache, holder
         abstract = jax.eval_shape(lambda c=cache_config: jaxkv.KVCache.create(c))
         body = [s.body or s.exact for s in abstract.groups]
