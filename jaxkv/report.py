@@ -11,7 +11,7 @@ from jaxkv.config import CacheConfig, LayerGroup
 from jaxkv.sizing import plan
 from jaxkv.store import GroupState
 from pallas_kernels import quantize_pages, write_pages
-from pallas_kernels.backends import Backend, choose_backend
+from pallas_kernels.backends import Backend
 from pallas_kernels.paged_attention import choose
 from pallas_kernels.pages import CodedPages
 
@@ -81,7 +81,6 @@ def explain(
     """
     config = dataclasses.replace(config, platform=platform or config.platform).checked()
     platform = config.platform
-    write = choose_backend("write_pages", None, write_pages.BACKENDS, platform)
     means = [jnp.zeros((spec.kv_heads, spec.head_dim)) for spec in config.layers]
     abstract = jax.eval_shape(lambda: KVCache.create(config, key_means=means))
     serving = functools.partial(_serving, platform=platform)
@@ -101,7 +100,7 @@ def explain(
             bytes=size,
             attention=serving(state, backend, q_tokens=1),
             prefill=serving(state, None if backend == "gpu" else backend, q_tokens=PREFILL_TOKENS),
-            write=write,
+            write=_writing(state, platform),
             quantize=_quantizing(state, platform),
         )
         for group, state, size in zip(
@@ -118,6 +117,12 @@ def _serving(state: GroupState, backend: Backend | None, *, q_tokens: int, platf
     pages = state.stores[-1].pages
     heads = pages.dims["kv_heads"]
     return choose(backend, pages, q_tokens=q_tokens, q_heads=heads, platform=platform)
+
+
+def _writing(state: GroupState, platform: str | None) -> Backend:
+    """Who stores new tokens; where both stores take them, who stores codes."""
+    pages = [store.pages for store in state.stores if not store.spec.lag.least][-1]
+    return write_pages.choose(None, pages, platform=platform)
 
 
 def _quantizing(state: GroupState, platform: str | None) -> Backend | None:

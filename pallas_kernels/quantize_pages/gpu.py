@@ -1,6 +1,6 @@
-"""The NVIDIA kernel: one launch for all layers, a program for each page of each kv head.
+"""The NVIDIA kernel: one launch for all layers, programs for each kv head that share the pages.
 
-Programs of pages that are not wanted end at once. The others do in registers what the codecs
+They pass over pages that are not wanted. With the others they do in registers what the codecs
 define: rotation by a dot with the matrix, code search, factors, the page's mean, packing.
 """
 
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from jaxkv.codecs import PageLayout
 
 WARPS = 8
+# Programs to start: each takes 2 ns even if nothing is wanted, and a few hundred run at once, so
+# more would not be faster. As many lanes as that allows share out the list of pages.
+PROGRAMS = 2048
 PAGE_SIZES = (16, 32, 64, 128)
 HEAD_DIMS = (64, 128, 256)
 
@@ -34,6 +37,9 @@ def refusal(coded: CodedPages, *, platform: str | None = None) -> str | None:
         return f"head_dim={dims['head_dim']}: the GPU kernel quantizes {HEAD_DIMS}"
     if dims["page_size"] not in PAGE_SIZES:
         return f"page_size={dims['page_size']}: the GPU kernel quantizes {PAGE_SIZES}"
+    for tensor in (layout.codec.key, layout.codec.value):
+        if jnp.issubdtype(tensor.codes_dtype, jnp.floating):
+            return f"{layout.codec.name}: the GPU kernel writes integer codes"
     for name, array in coded.arrays.items():
         if not name.endswith("factors") and array.dtype not in (jnp.uint16, jnp.uint32):
             return f"{layout.codec.name}: the GPU kernel writes codes that are packed into words"
@@ -48,11 +54,14 @@ def quantize_pages(
     """See `api.quantize_pages`."""
     codec, head_dim = coded.layout.codec, coded.dims["head_dim"]
     layers = coded.dims["layers"] if layer is None else 1
+    n = source.shape[0]
+    lanes = min(n, max(1, PROGRAMS // (layers * coded.dims["kv_heads"])))
+    turns = pl.next_power_of_2(pl.cdiv(n, lanes))  # of a lane; Triton knows no other sizes
     inputs = dict(
         layer=jnp.asarray(0 if layer is None else layer, jnp.int32).reshape(1),
         source=source,
         target=target,
-        wanted=wanted.astype(jnp.int32),
+        wanted=jnp.pad(wanted.astype(jnp.int32), (0, turns * lanes - n)).reshape(turns, lanes),
         k=exact.k,
         v=exact.v,
     )
@@ -68,7 +77,7 @@ def quantize_pages(
         functools.partial(_kernel, names=names, layout=coded.layout),
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in pools.values()],
         input_output_aliases={len(inputs) + i: i for i in range(len(pools))},
-        grid=(coded.dims["kv_heads"], layers, source.shape[0]),
+        grid=(coded.dims["kv_heads"], layers, lanes),
         compiler_params=plgpu.CompilerParams(num_warps=WARPS, num_stages=1),
         interpret=interpreted(),
         name="quantize_pages",
@@ -104,42 +113,51 @@ def _rotate(x, matrix):
 
 def _kernel(*args, names, layout: "PageLayout"):
     refs = dict(zip(names, args, strict=True))
-    h, i = pl.program_id(0), pl.program_id(2)
-    layer = refs["layer"][0] + pl.program_id(1)
+    layer, h = refs["layer"][0] + pl.program_id(1), pl.program_id(0)
+    lane, lanes = pl.program_id(2), refs["wanted"].shape[1]
 
-    @pl.when(refs["wanted"][i] != 0)
+    def visit(turn, _):
+        i = turn * lanes + lane
+        pl.when(refs["wanted"][turn, lane] != 0)(lambda: _quantize_page(refs, layout, layer, h, i))
+
+    @pl.when(jnp.max(refs["wanted"][:, lane]) != 0)  # one load; the loop waits for each
     def _():
-        source, target = refs["source"][i], refs["target"][i]
-        codec = layout.codec
-        k = refs["k"][layer, source, h]  # [page_size, head_dim]
-        mean = None
-        if codec.key_mean is not None:
-            matrix = refs["k_rotation"][...].astype(jnp.float32) * k.shape[1] ** -0.5
-            if codec.key_mean == "page":
-                rotated = codec.key_page_mean(
-                    k, lambda x: jnp.sum(x.astype(jnp.float32)[:, None] * matrix, axis=0)
-                )
-                refs["key_mean"][layer, target, h] = rotated
-            else:
-                rotated = refs["key_mean"][layer, 0, h]
-            mean = jnp.sum(rotated.astype(jnp.float32)[None, :] * matrix, axis=1)[None, :]
-        for side, tensor, x, own in (
-            ("k", codec.key, k, mean),
-            ("v", codec.value, refs["v"][layer, source, h], None),
-        ):
-            rotation = refs.get(f"{side}_rotation")
-            codes, factors = _quantize(tensor, x, own, rotation, refs["pre_scales"])
-            for number, factor in enumerate(factors):
-                refs[f"{side}_factors"][layer, target, number, h] = factor
-            shift = 0
-            for name in (f"{side}_codes", f"{side}_high"):
-                if name not in refs:
-                    continue
-                words = refs[name]
-                width = words.shape[-1] * words.dtype.itemsize * 8 // codes.shape[-1]
-                packed = _pack(codes >> shift, width, words.shape[-1])
-                words[layer, target, h] = packed.astype(words.dtype)
-                shift += width
+        jax.lax.fori_loop(0, refs["wanted"].shape[0], visit, None)
+
+
+def _quantize_page(refs, layout: "PageLayout", layer, h, i):
+    """Entry `i` of the list, for one layer and kv head."""
+    source, target = refs["source"][i], refs["target"][i]
+    codec = layout.codec
+    k = refs["k"][layer, source, h]  # [page_size, head_dim]
+    mean = None
+    if codec.key_mean is not None:
+        matrix = refs["k_rotation"][...].astype(jnp.float32) * k.shape[1] ** -0.5
+        if codec.key_mean == "page":
+            rotated = codec.key_page_mean(
+                k, lambda x: jnp.sum(x.astype(jnp.float32)[:, None] * matrix, axis=0)
+            )
+            refs["key_mean"][layer, target, h] = rotated
+        else:
+            rotated = refs["key_mean"][layer, 0, h]
+        mean = jnp.sum(rotated.astype(jnp.float32)[None, :] * matrix, axis=1)[None, :]
+    for side, tensor, x, own in (
+        ("k", codec.key, k, mean),
+        ("v", codec.value, refs["v"][layer, source, h], None),
+    ):
+        rotation = refs.get(f"{side}_rotation")
+        codes, factors = _quantize(tensor, x, own, rotation, refs["pre_scales"])
+        for number, factor in enumerate(factors):
+            refs[f"{side}_factors"][layer, target, number, h] = factor
+        shift = 0
+        for name in (f"{side}_codes", f"{side}_high"):
+            if name not in refs:
+                continue
+            words = refs[name]
+            width = words.shape[-1] * words.dtype.itemsize * 8 // codes.shape[-1]
+            packed = _pack(codes >> shift, width, words.shape[-1])
+            words[layer, target, h] = packed.astype(words.dtype)
+            shift += width
 
 
 def _quantize(tensor, x, mean, rotation, pre_scales):

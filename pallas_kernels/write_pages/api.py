@@ -5,9 +5,9 @@ import jax
 from pallas_kernels.backends import Backend, choose_backend
 from pallas_kernels.pages import Pages
 from pallas_kernels.shapes import bind_dims
-from pallas_kernels.write_pages import xla
+from pallas_kernels.write_pages import gpu, xla
 
-BACKENDS: tuple[Backend, ...] = ("xla",)
+BACKENDS: tuple[Backend, ...] = ("xla", "gpu")
 
 
 def write_pages(
@@ -30,7 +30,7 @@ def write_pages(
       v: like `k`.
       layer: index into the pools' first axis, static or traced.
       page: `i32[batch, tokens]`, page ids.
-      slot: `i32[batch, tokens]`, places in the page.
+      slot: `i32[batch, tokens]`, places in the page; no place is written twice.
       writes: `bool[batch, tokens]`; nothing is written elsewhere.
       backend: None picks by platform.
 
@@ -39,7 +39,7 @@ def write_pages(
 
     Raises:
       ValueError: shapes disagree.
-      NotImplementedError: the named backend does not serve this op.
+      NotImplementedError: the named backend does not serve such pages.
     """
     sizes = bind_dims(
         k=(k, "batch tokens kv_heads head_dim"),
@@ -51,5 +51,23 @@ def write_pages(
     for name in ("kv_heads", "head_dim"):
         if sizes[name] != pages.dims[name]:
             raise ValueError(f"k.shape={k.shape}: {name} must be {pages.dims[name]}.")
-    choose_backend("write_pages", backend, BACKENDS)
-    return xla.write_pages(pages, k, v, layer=layer, page=page, slot=slot, writes=writes)
+    serve = {"xla": xla, "gpu": gpu}[choose(backend, pages)]
+    return serve.write_pages(pages, k, v, layer=layer, page=page, slot=slot, writes=writes)
+
+
+def choose(backend: Backend | None, pages: Pages, *, platform: str | None = None) -> Backend:
+    """Who writes into such pages: the named backend, or the platform's best.
+
+    Args:
+      backend: None picks.
+      pages: shapes and dtypes are enough.
+      platform: "cpu", "gpu" or "tpu"; None asks JAX.
+
+    Raises:
+      ValueError: no such backend.
+      NotImplementedError: the named backend does not serve them; says why.
+    """
+    why = gpu.refusal(pages, platform=platform)
+    if backend == "gpu" and why:
+        raise NotImplementedError(f"write_pages: {why}.")
+    return choose_backend("write_pages", backend, ("xla",) if why else BACKENDS, platform)

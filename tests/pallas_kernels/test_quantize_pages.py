@@ -11,7 +11,7 @@ import pytest
 from jaxkv import CacheConfig, KVCache, LayerSpec
 from jaxkv.codecs import get_codec
 from pallas_kernels.backends import interpret_kernels
-from pallas_kernels.quantize_pages import choose, quantize_pages
+from pallas_kernels.quantize_pages import choose, gpu, quantize_pages
 
 LAYERS, KV_HEADS, PAGE = 3, 2, 16
 SOURCE, TARGET = jnp.array([1, 2, 3], jnp.int32), jnp.array([4, 2, 5], jnp.int32)
@@ -25,13 +25,13 @@ def kernels(request):
     jax.clear_caches()  # what was traced interpreted must not be called outside
 
 
-def make_pages(name, head_dim, dtype="bfloat16"):
+def make_pages(name, head_dim, max_tokens=64, dtype="bfloat16"):
     """Pages to fill, old content that shows, and exact pages of random keys and values."""
     codec = get_codec(name)
     codec = dataclasses.replace(codec, recent_pages=max(codec.recent_pages, 1))
     spec = LayerSpec(kv_heads=KV_HEADS, head_dim=head_dim, codec=codec, dtype=dtype)
     config = CacheConfig(
-        layers=(spec,) * LAYERS, batch=3, max_tokens=64, page_size=PAGE, platform="gpu"
+        layers=(spec,) * LAYERS, batch=3, max_tokens=max_tokens, page_size=PAGE, platform="gpu"
     )
     means = [np.full((KV_HEADS, head_dim), 0.5, np.float32)] * LAYERS
     [state] = KVCache.create(config, key_means=means).groups
@@ -43,16 +43,12 @@ def make_pages(name, head_dim, dtype="bfloat16"):
     return old, dataclasses.replace(state.exact.pages, k=k, v=v)
 
 
-@pytest.mark.parametrize("layer", [None, 1])
-@pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize("name", ["tq4", "tq3", "tq2", "4bit_nc", "3bit_nc", "int8"])
-def test_pages_of_the_kernel_are_those_of_xla(name, head_dim, layer, kernels):
-    old, exact = make_pages(name, head_dim)
-    options = dict(layer=layer, source=SOURCE, target=TARGET, wanted=WANTED)
+def assert_quantizes_as_xla(old, exact, *, layer, source, target, wanted):
+    options = dict(layer=layer, source=source, target=target, wanted=wanted)
     want = quantize_pages(old, exact, **options, backend="xla")
     got = quantize_pages(old, exact, **options, backend="gpu")
     touched = np.zeros(next(iter(old.arrays.values())).shape[:2], bool)
-    touched[slice(None) if layer is None else layer, [4, 5]] = True
+    touched[slice(None) if layer is None else layer, target[wanted]] = True
     for x, y, before in zip(*map(jax.tree.leaves, (want, got, old)), strict=True):
         x, y, before = map(np.asarray, (x, y, before))
         np.testing.assert_array_equal(y[~touched], before[~touched])
@@ -62,6 +58,24 @@ def test_pages_of_the_kernel_are_those_of_xla(name, head_dim, layer, kernels):
     for a, b in zip(old.layout.unpack(want.arrays), old.layout.unpack(got.arrays), strict=True):
         for x, y in zip(a.factors, b.factors, strict=True):
             np.testing.assert_allclose(x.astype(np.float32), y.astype(np.float32), rtol=0.1)
+
+
+@pytest.mark.parametrize("layer", [None, 1])
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("name", ["tq4", "tq3", "tq2", "4bit_nc", "3bit_nc", "int8"])
+def test_pages_of_the_kernel_are_those_of_xla(name, head_dim, layer, kernels):
+    pages = make_pages(name, head_dim)
+    assert_quantizes_as_xla(*pages, layer=layer, source=SOURCE, target=TARGET, wanted=WANTED)
+
+
+@pytest.mark.parametrize("name, n", [("int8", 1), ("int8", 8), ("int8", 11), ("tq4", 11)])
+def test_programs_take_several_pages_of_the_list(name, n, kernels, monkeypatch):
+    monkeypatch.setattr(gpu, "PROGRAMS", 8 * LAYERS * KV_HEADS)
+    # Of eight lanes: both pages of two of them, one of one, the first or the second.
+    wanted = jnp.array([1, 0, 1, 0, 1, 0, 0, 0, 1, 1, 1], bool)[:n]
+    i = jnp.arange(n, dtype=jnp.int32)
+    pages = make_pages(name, 64, max_tokens=96)
+    assert_quantizes_as_xla(*pages, layer=None, source=1 + i % 3, target=n - i, wanted=wanted)
 
 
 @pytest.mark.parametrize("name", ["tq4", "int8"])

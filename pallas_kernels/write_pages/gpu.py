@@ -1,0 +1,110 @@
+"""The NVIDIA kernel: keys and values of all sequences' new tokens in one launch, exact pools only.
+
+A token's heads are one row of `kv_heads * head_dim` numbers, so any number of heads of any size
+fills whole vectors. It copies and rounds; where a token goes has been decided before.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from pallas_kernels.backends import interpreted
+from pallas_kernels.pages import CodedPages, ExactPages, Pages
+
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WriteConfig:
+    """What one program stores of keys, and as much of values: changes speed, never results."""
+
+    tokens: int
+    columns: int  # at most, of a token's row
+    warps: int
+
+
+# Decode and drafts: many short programs, 32 bytes a thread. Chunks of prompts: fewer programs, as
+# starting one costs about as much as such a thread's work.
+FEW_TOKENS = 1024  # of all sequences
+FEW = WriteConfig(tokens=1, columns=512, warps=1)
+MANY = WriteConfig(tokens=8, columns=512, warps=4)
+
+
+def refusal(pages: Pages, *, platform: str | None = None) -> str | None:
+    """Why this backend does not serve such pages, in words; None if it does.
+
+    Args:
+      pages: shapes and dtypes are enough.
+      platform: "cpu", "gpu" or "tpu"; None asks JAX.
+    """
+    platform = platform or jax.default_backend()
+    if platform != "gpu" and not interpreted():
+        return f"backend='gpu' needs an NVIDIA GPU, and JAX runs on {platform!r}"
+    if isinstance(pages, CodedPages):
+        return f"{pages.layout.codec.name}: the GPU kernel writes exact pages, not codes"
+    for pool in (pages.k, pages.v):
+        if pool.dtype not in DTYPES:
+            return f"{pool.dtype} pages: the GPU kernel writes {DTYPES}"
+    return None
+
+
+def write_pages(pages, k, v, *, layer, page, slot, writes) -> ExactPages:
+    """See `api.write_pages`."""
+    tokens = writes.size
+    k, v = (x.reshape(tokens, -1) for x in (k, v))
+    config = FEW if tokens <= FEW_TOKENS else MANY
+    columns = min(config.columns, pl.next_power_of_2(k.shape[1]))
+    inputs = (
+        jnp.asarray(layer, jnp.int32).reshape(1),
+        jnp.where(writes, page, pages.dims["pages"]).reshape(-1),
+        slot.reshape(-1),
+        k,
+        v,
+    )
+    pools = (pages.k, pages.v)
+    new_k, new_v = pl.pallas_call(
+        functools.partial(_kernel, tile=(config.tokens, columns)),
+        out_shape=[jax.ShapeDtypeStruct(pool.shape, pool.dtype) for pool in pools],
+        input_output_aliases={len(inputs) + i: i for i in range(len(pools))},
+        grid=(pl.cdiv(k.shape[1], columns), pl.cdiv(tokens, config.tokens)),
+        compiler_params=plgpu.CompilerParams(num_warps=config.warps, num_stages=1),
+        interpret=interpreted(),
+        name="write_pages",
+    )(*inputs, *pools)
+    return ExactPages(k=new_k, v=new_v)
+
+
+def _kernel(
+    layer_ref,  # i32[1]
+    page_ref,  # i32[tokens]; one past the last page writes nothing
+    slot_ref,  # i32[tokens]
+    k_ref,  # [tokens, kv_heads * head_dim]
+    v_ref,  # like k
+    _old_k_ref,  # the pools' own memory
+    _old_v_ref,
+    k_pages_ref,  # [layers, pages, kv_heads, page_size, head_dim]
+    v_pages_ref,  # like k_pages
+    *,
+    tile: tuple[int, int],
+):
+    tokens, width = k_ref.shape
+    pages, head_dim = k_pages_ref.shape[1], k_pages_ref.shape[4]
+    token = pl.program_id(1) * tile[0] + jnp.arange(tile[0], dtype=jnp.int32)
+    column = pl.program_id(0) * tile[1] + jnp.arange(tile[1], dtype=jnp.int32)
+    # lax: floor division of signed numbers has branches, which hide that columns are contiguous.
+    head, dim = jax.lax.div(column, head_dim), jax.lax.rem(column, head_dim)
+    page = plgpu.load(page_ref.at[token], mask=token < tokens, other=pages)
+    slot = plgpu.load(slot_ref.at[token], mask=token < tokens, other=0)
+    token, page, slot = (jnp.broadcast_to(x[:, None], tile) for x in (token, page, slot))
+    column, head, dim = (jnp.broadcast_to(x[None], tile) for x in (column, head, dim))
+    inside = (token < tokens) & (column < width)
+    # All loads before the first store: the compiler must not move a load over one.
+    layer = layer_ref[0]
+    new = [plgpu.load(x.at[token, column], mask=inside) for x in (k_ref, v_ref)]
+    for x, pool in zip(new, (k_pages_ref, v_pages_ref), strict=True):
+        at = pool.at[layer, page, head, slot, dim]
+        plgpu.store(at, x.astype(pool.dtype), mask=inside & (page < pages))
