@@ -69,6 +69,8 @@ def seen_span(
         size = lag.page_size
         if lag.most is not None:
             kv_start = jnp.maximum(kv_start, (q_start // size - lag.most + 1) * size)
+            if lag.most <= lag.least:  # a store of nothing but sink pages
+                kv_stop = kv_start
         if lag.least:
             kv_stop = jnp.minimum(kv_stop, ((q_stop - 1) // size - lag.least + 1) * size)
     return kv_start, jnp.where(q_lens > 0, jnp.maximum(kv_stop, kv_start), kv_start)

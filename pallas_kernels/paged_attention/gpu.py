@@ -3,14 +3,11 @@
 Chunks of a prompt have no kernel here yet; `refusal` says what else it does not serve.
 """
 
-import functools
-
 import jax
 
 from pallas_kernels.backends import interpreted
 from pallas_kernels.paged_attention import gpu_decode
 from pallas_kernels.pages import Pages
-from pallas_kernels.segments import merge
 
 MOST_TOKENS = 8  # query tokens: one, or drafts to verify
 
@@ -44,24 +41,6 @@ def refusal(
     return None
 
 
-def paged_attention(
-    q,
-    pages,
-    page_table,
-    sink_table,
-    *,
-    kv_start,
-    kv_stop,
-    sink_span,
-    sink_tokens,
-    lag,
-    **options,
-) -> tuple[jax.Array, jax.Array]:
+def paged_attention(q, pages, page_table, sink_table, **options) -> tuple[jax.Array, jax.Array]:
     """See `api.paged_attention`."""
-    run = functools.partial(_attend, q, pages, interpret=interpreted(), **options)
-    if sink_table is None:
-        return run(page_table, kv_start=kv_start, kv_stop=kv_stop, sink_tokens=sink_tokens, lag=lag)
-    ring = run(page_table, kv_start=kv_start, kv_stop=kv_stop, sink_tokens=0, lag=lag)
-    start, stop = sink_span
-    sinks = run(sink_table, kv_start=start, kv_stop=stop, sink_tokens=sink_tokens, lag=None)
-    return merge(*ring, *sinks)
+    return _attend(q, pages, page_table, sink_table, interpret=interpreted(), **options)

@@ -70,20 +70,23 @@ class DecodeConfig:
 # By the kind of codes and the head_dim, measured on an H100 with pages of 64 tokens:
 # docs/gpu_tuning.md.
 # Groups of 4 at head_dim 128 (32-bit words of 4-bit codes, else 16-bit ones), of 8 at 64.
+PLANES = DecodeConfig(
+    warps=1,
+    stages=2,
+    transposed=True,
+    mask_all=False,
+    wave=1056,
+    one_wave=True,
+    least_tokens=64,
+)
 CONFIGS = {
     "exact": DecodeConfig(),
     "exact_64": DecodeConfig(block=128),
     "byte": DecodeConfig(warps=1, early_factors=True, wave=1056),
     "byte_planes": DecodeConfig(mask_all=False, early_factors=True),
-    "planes": DecodeConfig(
-        warps=1, stages=2, transposed=True, mask_all=False, wave=1056, one_wave=True
-    ),
-    "planes_64": DecodeConfig(
-        block=128, warps=1, stages=2, transposed=True, mask_all=False, wave=1056, one_wave=True
-    ),
-    "three": DecodeConfig(
-        warps=1, stages=3, transposed=True, mask_all=False, wave=1056, one_wave=True
-    ),
+    "planes": PLANES,
+    "planes_64": dataclasses.replace(PLANES, block=128, least_tokens=128),
+    "three": dataclasses.replace(PLANES, stages=3),
 }
 
 
@@ -117,6 +120,7 @@ class Case:
     score_scale: float  # what is not in q already, log2(e) included
     window: int | None
     sink_tokens: int
+    sink_pages: int  # slots of the table before the ring's
     lag: PageLag | None
     soft_cap: float | None
     direct: bool  # one item a sequence, no parts to merge
@@ -136,12 +140,14 @@ def paged_attention(
     q,
     pages: Pages,
     page_table,
+    sink_table=None,
     *,
     layer,
     q_start,
     q_lens,
     kv_start,
     kv_stop,
+    sink_span=None,
     scale,
     window,
     sink_tokens,
@@ -164,11 +170,24 @@ def paged_attention(
     _check(head_dim, page_size, group, q_tokens, arrays)
 
     span = span_pages(
-        q_start, kv_start, kv_stop, page_size=page_size, window=window, sink_tokens=sink_tokens
+        q_start,
+        kv_start,
+        kv_stop,
+        page_size=page_size,
+        window=window,
+        sink_tokens=sink_tokens,
+        sink_span=sink_span,
     )
     most_pages = page_table.shape[1]
-    if window is not None and not sink_tokens:
+    if window is not None and (sink_table is not None or not sink_tokens):
         most_pages = min(most_pages, (window + q_tokens - 2) // page_size + 2)
+    if lag is not None and lag.most is not None:
+        most_pages = min(most_pages, lag.most + pl.cdiv(q_tokens - 1, page_size))
+    sink_pages = 0
+    if sink_table is not None:
+        sink_pages = sink_table.shape[1]
+        most_pages += sink_pages
+        page_table = jnp.concatenate([sink_table, page_table], axis=1)
     sizes = dict(
         wanted=max(1, config.programs // kv_heads),
         fewest=max(1, config.wave // kv_heads),
@@ -189,6 +208,7 @@ def paged_attention(
         score_scale=1.0 if isinstance(pages, CodedPages) else scale * LOG2E,
         window=window,
         sink_tokens=sink_tokens,
+        sink_pages=sink_pages,
         lag=lag,
         soft_cap=soft_cap,
         direct=items <= batch,
@@ -202,6 +222,8 @@ def paged_attention(
         kv_stop=kv_stop,
         table=page_table,
     )
+    if sink_span is not None:
+        scalars |= dict(zip(("sink_start", "sink_stop"), sink_span, strict=True))
     if not case.direct:
         work = plan_items(span.pages, items=items, one_wave=config.one_wave, **sizes)
         scalars |= dict(item=work.sequence, item_start=work.start, item_stop=work.stop)
@@ -302,6 +324,7 @@ class _Item:
 
 
 def _read_span(refs, b, case: Case) -> SpanPages:
+    sinks = (refs["sink_start"][b], refs["sink_stop"][b]) if case.sink_pages else None
     return span_pages(
         refs["q_start"][b],
         refs["kv_start"][b],
@@ -309,7 +332,17 @@ def _read_span(refs, b, case: Case) -> SpanPages:
         page_size=case.page_size,
         window=case.window,
         sink_tokens=case.sink_tokens,
+        sink_span=sinks,
     )
+
+
+def _table_slot(logical, refs, case: Case):
+    """Where the table has a logical page: sink pages stand before the ring."""
+    width = refs["table"].shape[1]
+    if not case.sink_pages:
+        return logical % width
+    ring = case.sink_pages + logical % (width - case.sink_pages)
+    return jnp.where(logical < case.sink_pages, logical, ring)
 
 
 def _read_item(refs, case: Case) -> _Item:
@@ -398,7 +431,6 @@ def _kernel(*args, names, case: Case, config: DecodeConfig):
         for name, side in (("k", case.k), ("v", case.v))
     )
     offset = FLOAT16_OFFSET if case.v.dtype == "float16" else 0.0
-    width = refs["table"].shape[1]
     row_sum = None  # what a key's zero point is multiplied by
     if case.k_factors > 1:
         row_sum = axes.by_row(sum(jnp.sum(x.astype(jnp.float32), axis=1) for x in q))
@@ -409,8 +441,20 @@ def _kernel(*args, names, case: Case, config: DecodeConfig):
     # Tokens of the item's pages, counted from its first page; `length` of them lie in the span.
     base = item.start * page_size
     first = span.position(base, page_size)
-    length = jnp.minimum((item.stop - item.start) * page_size, _ordinal(kv_stop, span, case) - base)
+    stop = _ordinal(kv_stop, span, case)
+    if case.sink_pages:
+        assert span.head is not None
+        sink_start, sink_stop = refs["sink_start"][b], refs["sink_stop"][b]
+        stop = jnp.where(span.pages > span.head, stop, sink_stop)
+    length = jnp.minimum((item.stop - item.start) * page_size, stop - base)
     blocks = pl.cdiv(jnp.maximum(length, 0), block)
+
+    def in_span(positions):
+        if not case.sink_pages:
+            return (positions >= kv_start) & (positions < kv_stop)
+        is_sink = positions < case.sink_pages * page_size
+        start = jnp.where(is_sink, sink_start, kv_start)
+        return (positions >= start) & (positions < jnp.where(is_sink, sink_stop, kv_stop))
 
     def locate(i, masked):
         """Where the block's tokens are, their positions, and which lie in the span."""
@@ -418,36 +462,34 @@ def _kernel(*args, names, case: Case, config: DecodeConfig):
         tokens = token + jnp.arange(block, dtype=jnp.int32)
         if page_size >= block:
             position = span.position(token, page_size)
-            logical = position // page_size
-            page = refs["table"][b, logical % width]
+            place = _table_slot(position // page_size, refs, case)
+            page = refs["table"][b, place]
             slot = pl.ds(pl.multiple_of(position % page_size, block), block)
             positions = position + jnp.arange(block, dtype=jnp.int32)
-            inside = (positions >= kv_start) & (positions < kv_stop)
+            inside = in_span(positions)
         else:
             positions = span.position(tokens, page_size)
-            inside = (positions >= kv_start) & (positions < kv_stop)
-            logical = positions // page_size
+            inside = in_span(positions)
+            place = _table_slot(positions // page_size, refs, case)
             if masked:
                 inside = inside & (tokens < base + length)
                 # Past its end the table may hold anything.
-                page = plgpu.load(refs["table"].at[b, logical % width], mask=inside, other=0)
+                page = plgpu.load(refs["table"].at[b, place], mask=inside, other=0)
             else:
-                page = refs["table"][b, logical % width]
+                page = refs["table"][b, place]
             slot = positions % page_size
-        where = Where(layer, h, page, slot, block, logical, inside if masked else None)
+        where = Where(layer, h, page, slot, block, place, inside if masked else None)
         return where, positions, inside
 
     def sees(positions, inside):
         """Which row sees which token, in the orientation of the scores."""
         if not case.masks_rows:
             return axes.by_token(inside)
-        seen = visible(
-            axes.by_row(q_start + row_token),
-            axes.by_token(positions),
-            window=case.window,
-            sink_tokens=case.sink_tokens,
-            lag=case.lag,
-        )
+        i, j = axes.by_row(q_start + row_token), axes.by_token(positions)
+        seen = visible(i, j, window=case.window, sink_tokens=case.sink_tokens)
+        if case.lag is not None:
+            # Sink pages are served whatever their distance.
+            seen = seen & (case.lag.serves(i, j) | (j < case.sink_pages * page_size))
         return seen & axes.by_token(inside) & axes.by_row(row_token < q_len)
 
     def load_factors(where):
@@ -505,7 +547,8 @@ def _kernel(*args, names, case: Case, config: DecodeConfig):
         axes.no_sum(rows, block),
         tuple(jnp.zeros(axes.shape(rows, size), jnp.float32) for _, size in _columns(case.v)),
     )
-    if config.mask_all or (case.window is not None and case.sink_tokens):
+    sinks = case.sink_pages or (case.window is not None and case.sink_tokens)
+    if config.mask_all or sinks:
         state = jax.lax.fori_loop(0, blocks, functools.partial(attend, masked=True), state)
     else:
         low, high = _whole_span(case, q_start, q_len, kv_start, kv_stop)
@@ -596,12 +639,10 @@ def _whole_span(case: Case, q_start, q_len, kv_start, kv_stop):
 
 def _load_bias(bias_ref, b, where: Where, axes: _Axes, rows: int):
     """Scores of the pages' means, ready to be added: `bias[b, h, slot of the table, row]`."""
-    width = bias_ref.shape[2]
     if jnp.ndim(where.page) == 0:
-        slot = where.logical % width
-        return axes.by_row(bias_ref[b, where.head, slot, pl.ds(0, rows)])
+        return axes.by_row(bias_ref[b, where.head, where.place, pl.ds(0, rows)])
     shape = axes.shape(rows, where.tokens)
-    slot = jnp.broadcast_to(axes.by_token(where.logical % width), shape)
+    slot = jnp.broadcast_to(axes.by_token(where.place), shape)
     row = jnp.broadcast_to(axes.by_row(jnp.arange(rows, dtype=jnp.int32)), shape)
     at = bias_ref.at[b, where.head, slot, row]
     if where.inside is None:
@@ -613,8 +654,8 @@ def _load_bias(bias_ref, b, where: Where, axes: _Axes, rows: int):
 def _mean_scores(q, mean, scalars, case: Case, config: DecodeConfig, *, pages, interpret):
     """`q . mean` of every page that is read: `f32[batch, kv_heads, width, rows]`, others unset."""
     rows = max(8 if config.transposed else 16, pl.next_power_of_2(case.rows))
-    names = ("layer", "q_start", "kv_start", "kv_stop", "table")
-    refs = {name: scalars[name] for name in names} | dict(q=q, mean=mean)
+    names = ("layer", "q_start", "kv_start", "kv_stop", "sink_start", "sink_stop", "table")
+    refs = {name: scalars[name] for name in names if name in scalars} | dict(q=q, mean=mean)
     batch, width = scalars["table"].shape
     kv_heads = mean.shape[2]
     [bias] = pl.pallas_call(
@@ -640,12 +681,12 @@ def _mean_kernel(*args, names, case: Case, rows: int):
 
     @pl.when(start < span.pages)
     def _():
-        width = refs["table"].shape[1]
         row_token, row_head = _row_index(rows, case)
         row_head = row_head + h * case.group
         ordinal = start + jnp.arange(MEAN_PAGES, dtype=jnp.int32)
         inside = ordinal < span.pages
-        slot = span.position(ordinal * case.page_size, case.page_size) // case.page_size % width
+        logical = span.position(ordinal * case.page_size, case.page_size) // case.page_size
+        slot = _table_slot(logical, refs, case)
         page = plgpu.load(refs["table"].at[b, slot], mask=inside, other=0)
         if refs["mean"].shape[1] == 1:  # one for all pages
             page = jnp.zeros_like(page)
@@ -662,7 +703,9 @@ def _mean_kernel(*args, names, case: Case, rows: int):
             )
             s = s + _dot(mean.astype(q.dtype), q.T)
         row = jnp.broadcast_to(jnp.arange(rows, dtype=jnp.int32)[None], s.shape)
-        slot = jnp.where(inside, slot, width)  # out of bounds, for the interpreter as above
+        slot = jnp.where(
+            inside, slot, bias_ref.shape[2]
+        )  # out of bounds, for the interpreter as above
         plgpu.store(
             bias_ref.at[b, h, jnp.broadcast_to(slot[:, None], s.shape), row],
             s,

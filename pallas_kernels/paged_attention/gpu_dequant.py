@@ -116,7 +116,7 @@ class Where:
     page: Any  # i32[] or i32[tokens]
     slot: Any  # pl.ds or i32[tokens]
     tokens: int
-    logical: Any  # the page's number in its sequence, like page
+    place: Any  # the page's slot in the table, like page
     inside: Any = None  # bool[tokens] of those that may be read; None for all
 
     def load(self, ref, columns) -> jax.Array:

@@ -44,10 +44,18 @@ def span_pages(
     page_size: int,
     window: int | None,
     sink_tokens: int,
+    sink_span: tuple[jax.Array, jax.Array] | None = None,
 ) -> SpanPages:
-    """Pages that `kv_start <= j < kv_stop` touches and some query sees; any integer arrays."""
+    """Pages that `kv_start <= j < kv_stop` touches and some query sees; any integer arrays.
+
+    Those of `sink_span`, of a table of sink pages, come first.
+    """
     first = kv_start // page_size
     pages = jnp.where(kv_stop > kv_start, pl.cdiv(kv_stop, page_size) - first, 0)
+    if sink_span is not None:
+        start, stop = sink_span
+        head = jnp.where(stop > start, pl.cdiv(stop, page_size), 0)
+        return SpanPages(jnp.zeros_like(first), head + pages, head, first - head)
     if window is None or not sink_tokens:
         return SpanPages(first, pages)
     sink_pages = pl.cdiv(sink_tokens, page_size)

@@ -3,6 +3,7 @@
 On a CPU the kernel is interpreted; with a GPU the same cases run compiled (pytest -m gpu).
 """
 
+import contextlib
 import dataclasses
 import functools
 
@@ -18,8 +19,9 @@ from jaxkv.codecs.codec import KVCodec, page_mean
 from jaxkv.codecs.packing import pack_planes
 from jaxkv.codecs.token_major import TokenMajor
 from jaxkv.codecs.turboquant import TurboQuant
+from pallas_kernels.backends import interpret_kernels
 from pallas_kernels.dense_attention import dense_attention
-from pallas_kernels.paged_attention import gpu_decode, gpu_dequant, gpu_split
+from pallas_kernels.paged_attention import gpu_decode, gpu_dequant, gpu_split, paged_attention
 from pallas_kernels.pages import CodedPages, ExactPages
 from pallas_kernels.visibility import PageLag, seen_span
 
@@ -269,6 +271,32 @@ def test_shapes(store, shape, interpret):
     config = EDGES if store == "bfloat16" else TRANSPOSED
     tolerance = TOLERANCE["bfloat16" if store == "bfloat16" else "coded"]
     assert_close(case.attend(interpret=interpret, config=config), case.dense(), tolerance)
+
+
+SINK_CASES = {
+    "window": ("bfloat16", (1, 1, 1, 1, 1), dict(window=40, sink_tokens=5)),
+    "window, drafts": ("bfloat16", (3, 2, 4, 0, 4), dict(window=27, sink_tokens=20)),
+    "recent pages": ("bfloat16", (1, 1, 1, 1, 1), dict(lag=PageLag(16, most=2))),
+    "recent pages, drafts": ("bfloat16", (3, 2, 4, 1, 4), dict(lag=PageLag(16, most=1))),
+    "codes": ("fp8_e4m3", (2, 1, 4, 1, 3), dict(window=27, sink_tokens=20)),
+    "means": ("tq4", (1, 1, 1, 1, 1), dict(window=70, sink_tokens=32)),
+}
+
+
+@pytest.mark.parametrize("case", SINK_CASES.values(), ids=SINK_CASES)
+def test_sink_pages_of_a_table_of_their_own(case, interpret):
+    """Sequences within the sink pages, at their end, just behind it, and far from it."""
+    store, q_lens, options = case
+    store = store if store == "bfloat16" else get_codec(store)
+    case = make_case(store, lengths=(4, 31, 36, 49, 250), q_lens=q_lens)
+    sinks, ring = case.table[:, :2], case.table.at[:, :2].set(10**6)
+    where = case.where | {"kv_start": jnp.full(5, 2 * case.page_size, jnp.int32)}
+    run = functools.partial(
+        paged_attention, case.q, case.pages, ring, sink_table=sinks, layer=LAYER, scale=0.2
+    )
+    with interpret_kernels() if interpret else contextlib.nullcontext():
+        got = run(backend="gpu", **where, **options)
+    assert_close(got, run(backend="reference", **where, **options), TOLERANCE["bfloat16"])
 
 
 def own(key, value):
