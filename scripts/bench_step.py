@@ -90,13 +90,13 @@ def fill(cache: jaxkv.KVCache, context: int) -> jaxkv.KVCache:
 
         return jax.lax.fori_loop(0, -(-context // step), body, cache)
 
-    @functools.partial(jax.jit, donate_argnums=0)
-    def randomize(pool, seed):
+    @functools.partial(jax.jit, donate_argnums=0, static_argnums=2)
+    def randomize(pool, seed, mask):
         def layer(key):
             if jnp.issubdtype(pool.dtype, jnp.integer):
                 bits = jnp.dtype(f"uint{8 * pool.dtype.itemsize}")
                 x = jax.random.bits(key, pool.shape[1:], bits)
-                x = x & bits.type(0x77777777 & jnp.iinfo(bits).max)  # bytes of float8 are finite
+                x = x & bits.type(mask & jnp.iinfo(bits).max)
                 return jax.lax.bitcast_convert_type(x, pool.dtype)
             return (0.1 * jax.random.normal(key, pool.shape[1:], jnp.bfloat16)).astype(pool.dtype)
 
@@ -104,8 +104,15 @@ def fill(cache: jaxkv.KVCache, context: int) -> jaxkv.KVCache:
 
     cache = reserve(cache)
     seeds = itertools.count()
-    random = lambda pool: randomize(pool, next(seeds))
-    fresh = lambda store: dataclasses.replace(store, pages=jax.tree.map(random, store.pages))
+
+    def random(path, pool):
+        # Words of two float16 factors hold small ones; bytes of float8 are finite.
+        factors = "factors" in jax.tree_util.keystr(path)
+        return randomize(pool, next(seeds), 0x33333333 if factors else 0x77777777)
+
+    fresh = lambda store: dataclasses.replace(
+        store, pages=jax.tree.map_with_path(random, store.pages)
+    )
     groups = tuple(state.map(fresh) for state in cache.groups)
     return dataclasses.replace(cache, groups=groups)
 

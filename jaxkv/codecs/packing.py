@@ -83,6 +83,20 @@ def unpack_float16_pairs(words: jax.Array, low_dtype, high_dtype=None) -> tuple[
     return (low,) if high_dtype is None else (low, _from_half_bits(words >> 16, high_dtype))
 
 
+def pack_pair(low: jax.Array, high: jax.Array) -> jax.Array:
+    """Words twice as wide as two values of one dtype, float16 or uint8."""
+    bits = 8 * low.dtype.itemsize
+    word = lambda x: jax.lax.bitcast_convert_type(x, WORDS[bits]).astype(WORDS[2 * bits])
+    return word(low) | word(high) << bits
+
+
+def unpack_pair(words: jax.Array, dtype) -> tuple[jax.Array, jax.Array]:
+    """The values in `pack_pair`'s words."""
+    bits = 8 * jnp.dtype(dtype).itemsize
+    value = lambda x: jax.lax.bitcast_convert_type(x.astype(WORDS[bits]), dtype)
+    return value(words), value(words >> bits)  # astype keeps the low bits
+
+
 def _pack(codes, bits, word_bits, fields_axis):
     head_dim = codes.shape[-1]
     check_packable(head_dim, bits, word_bits)

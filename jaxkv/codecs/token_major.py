@@ -1,14 +1,31 @@
 """Page layout for XLA on CPU (bytes) and for GPUs (16- or 32-bit words): a row a token."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxkv.codecs.codec import Quantized, TensorCodec
-from jaxkv.codecs.packing import PARTS, check_packable, pack_planes, unpack_planes
+from jaxkv.codecs.packing import (
+    PARTS,
+    WORDS,
+    check_packable,
+    pack_pair,
+    pack_planes,
+    unpack_pair,
+    unpack_planes,
+)
 from jaxkv.codecs.page_layout import Arrays, PageLayout, is_float8, same_bits, stored_dtype
+
+
+class FactorPlace(NamedTuple):
+    """Where a factor of every token stands."""
+
+    array: str
+    row: int
+    half: int | None  # 0 for the low one of a pair; None if it stands alone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,7 +34,7 @@ class TokenMajor(PageLayout):
 
     Arrays are `k_codes`, `v_codes` (exact codes unpacked, in their own dtype; 8-bit ones too where
     words are bytes, and float8 beside 32-bit words, all as bytes), `k_high`, `v_high` (third bit
-    of 3-bit codes), `k_factors`, `v_factors` (`[factors, kv_heads, tokens]`; one dtype a tensor).
+    of 3-bit codes), `factors_*` by dtype (`[words, kv_heads, tokens]`: `factor_places`).
     """
 
     word_bits: int = 8
@@ -41,10 +58,29 @@ class TokenMajor(PageLayout):
             else:
                 shape = (*rows, self.head_dim)
                 arrays[f"{side}_codes"] = jax.ShapeDtypeStruct(shape, stored_dtype(tensor))
-            if dtypes := tensor.factor_dtypes:
-                shape = (len(dtypes), *rows)
-                arrays[f"{side}_factors"] = jax.ShapeDtypeStruct(shape, dtypes[0])
+        for place in sum(self.factor_places, ()):
+            dtype = jnp.dtype(place.array.removeprefix("factors_"))
+            arrays[place.array] = jax.ShapeDtypeStruct((place.row + 1, *rows), dtype)
         return arrays
+
+    @property
+    def factor_places(self) -> tuple[tuple[FactorPlace, ...], tuple[FactorPlace, ...]]:
+        """Places of the keys' and of the values' factors, the same for every token.
+
+        A GPU waits for a load, whatever its width: a token's factors (the keys' first) share
+        words of two. Of an odd number the first, which is needed first, stands alone.
+        """
+        keys, values = self.codec.key.factor_dtypes, self.codec.value.factor_dtypes
+        places: dict[int, FactorPlace] = {}
+        for dtype in dict.fromkeys(keys + values):
+            same = [i for i, other in enumerate(keys + values) if other == dtype]
+            if len(same) % 2:
+                places[same.pop(0)] = FactorPlace(f"factors_{dtype}", 0, None)
+            word = WORDS[16 * dtype.itemsize]
+            for n, i in enumerate(same):
+                places[i] = FactorPlace(f"factors_{word}", *divmod(n, 2))
+        in_order = tuple(places[i] for i in range(len(places)))
+        return in_order[: len(keys)], in_order[len(keys) :]
 
     def _packs(self, tensor: TensorCodec) -> bool:
         if tensor.codes_dtype in (jnp.uint8, jnp.int8):
@@ -53,7 +89,7 @@ class TokenMajor(PageLayout):
 
     @property
     def token_axes(self) -> dict[str, int]:
-        return {name: -1 if name.endswith("factors") else -2 for name in self.arrays}
+        return {name: -1 if name.startswith("factors") else -2 for name in self.arrays}
 
     def gather(
         self, arrays: Arrays, layer: int | jax.Array, page: jax.Array
@@ -76,13 +112,25 @@ class TokenMajor(PageLayout):
                 words = (same_bits(record.codes, stored_dtype(tensor)),)
             for name, word in zip(("codes", "high"), words, strict=False):
                 arrays[f"{side}_{name}"] = word
-            if record.factors:
-                arrays[f"{side}_factors"] = jnp.stack(record.factors, axis=-3)
-        return arrays
+        rows: dict[str, list[jax.Array]] = {}
+        for (name, _), word in self.factor_words(key.factors, value.factors).items():
+            rows.setdefault(name, []).append(word)
+        return arrays | {name: jnp.stack(words, axis=-3) for name, words in rows.items()}
+
+    def factor_words(
+        self, key: tuple[jax.Array, ...], value: tuple[jax.Array, ...]
+    ) -> dict[tuple[str, int], jax.Array]:
+        """Words of factors, shaped like them, by array and row (in order)."""
+        parts: dict[tuple[str, int], list[jax.Array]] = {}
+        for place, factor in zip(sum(self.factor_places, ()), (*key, *value), strict=True):
+            parts.setdefault((place.array, place.row), []).append(factor)
+        return {at: pack_pair(*x) if len(x) == 2 else x[0] for at, x in parts.items()}
 
     def unpack(self, arrays: Arrays) -> tuple[Quantized, Quantized]:
         records = []
-        for side, tensor in (("k", self.codec.key), ("v", self.codec.value)):
+        for side, tensor, places in zip(
+            "kv", (self.codec.key, self.codec.value), self.factor_places, strict=True
+        ):
             codes = arrays[f"{side}_codes"]
             if self._packs(tensor):
                 words = [
@@ -90,9 +138,10 @@ class TokenMajor(PageLayout):
                 ]
                 codes = _flip(unpack_planes(tuple(words), tensor.bits), tensor, jnp.int8)
             codes = same_bits(codes, tensor.codes_dtype)
-            factors = [
-                arrays[f"{side}_factors"][..., i, :, :] for i in range(len(tensor.factor_dtypes))
-            ]
+            factors = []
+            for place, dtype in zip(places, tensor.factor_dtypes, strict=True):
+                word = arrays[place.array][..., place.row, :, :]
+                factors.append(word if place.half is None else unpack_pair(word, dtype)[place.half])
             records.append(Quantized(codes, tuple(factors)))
         return records[0], records[1]
 

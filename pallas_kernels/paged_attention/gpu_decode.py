@@ -9,6 +9,7 @@ never dequantized one by one. Blocks that all rows see whole carry no mask.
 import dataclasses
 import functools
 import operator
+from typing import TYPE_CHECKING, cast
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +38,9 @@ from pallas_kernels.paged_attention.gpu_split import (
 )
 from pallas_kernels.pages import CodedPages, Pages
 from pallas_kernels.visibility import PageLag, visible
+
+if TYPE_CHECKING:  # codecs lie above the kernels
+    from jaxkv.codecs.token_major import FactorPlace, TokenMajor
 
 LOG2E = 1.4426950408889634
 HEAD_DIMS = (64, 80, 96, 128, 192, 256)
@@ -111,8 +115,8 @@ class Case:
 
     k: Reader
     v: Reader
-    k_factors: int
-    v_factors: int
+    k_factors: "tuple[FactorPlace, ...]"
+    v_factors: "tuple[FactorPlace, ...]"
     has_mean: bool
     page_size: int
     group: int
@@ -165,7 +169,7 @@ def paged_attention(
     batch, q_tokens, q_heads, head_dim = q.shape
     kv_heads, page_size = dims["kv_heads"], dims["page_size"]
     group = q_heads // kv_heads
-    k, v, arrays, scales = _readers(pages, head_dim)
+    k, v, arrays, factors = _readers(pages, head_dim)
     config = config or choose_config(k, v, group * q_tokens, window)
     _check(head_dim, page_size, group, q_tokens, arrays)
 
@@ -199,8 +203,8 @@ def paged_attention(
     case = Case(
         k=k,
         v=v,
-        k_factors=scales[0],
-        v_factors=scales[1],
+        k_factors=factors[0],
+        v_factors=factors[1],
         has_mean=isinstance(pages, CodedPages) and pages.key_mean is not None,
         page_size=page_size,
         group=group,
@@ -282,15 +286,16 @@ def check(pages: Pages, *, q_tokens: int, group: int) -> None:
 
 
 def _readers(pages: Pages, head_dim: int):
-    """Readers of keys and values, the arrays they read, and how many factors each has."""
+    """Readers of keys and values, the arrays they read, and where each side's factors stand."""
     if not isinstance(pages, CodedPages):
         arrays = dict(k=pages.k, v=pages.v)
         readers = (exact_reader(side, head_dim, pages.k.dtype) for side in "kv")
-        return *readers, arrays, (0, 0)
+        return *readers, arrays, ((), ())
     codec, arrays = pages.layout.codec, pages.arrays
     k = coded_reader("k", codec.key, head_dim, arrays)
     v = coded_reader("v", codec.value, head_dim, arrays)
-    return k, v, arrays, (len(codec.key.factor_dtypes), len(codec.value.factor_dtypes))
+    # The readers refuse other layouts.
+    return k, v, arrays, cast("TokenMajor", pages.layout).factor_places
 
 
 def _check(head_dim, page_size, group, q_tokens, arrays):
@@ -432,7 +437,7 @@ def _kernel(*args, names, case: Case, config: DecodeConfig):
     )
     offset = FLOAT16_OFFSET if case.v.dtype == "float16" else 0.0
     row_sum = None  # what a key's zero point is multiplied by
-    if case.k_factors > 1:
+    if len(case.k_factors) > 1:
         row_sum = axes.by_row(sum(jnp.sum(x.astype(jnp.float32), axis=1) for x in q))
     k_gains = case.k.gains(case.asm)
     # The dots' sum has one gain: what the others' differ by, a power of two, goes into q.
@@ -493,9 +498,9 @@ def _kernel(*args, names, case: Case, config: DecodeConfig):
         return seen & axes.by_token(inside) & axes.by_row(row_token < q_len)
 
     def load_factors(where):
-        """Factors as stored: keys' scales, values' scales, values' zeros, where there are any."""
-        k_factors = [where.load_factor(refs["k_factors"], i) for i in range(case.k_factors)]
-        return k_factors, [where.load_factor(refs["v_factors"], i) for i in range(case.v_factors)]
+        """Words of factors as stored, by array and row: each once, whoever shares it."""
+        words = dict.fromkeys((x.array, x.row) for x in case.k_factors + case.v_factors)
+        return {(name, row): where.load_factor(refs[name], row) for name, row in words}
 
     def attend(i, state, masked, factors=None):
         m, l, zero_sum, accs = state
@@ -507,13 +512,17 @@ def _kernel(*args, names, case: Case, config: DecodeConfig):
         operands = case.k.operands(k_words, case.asm, k_shifts)
         # Lazily, each dot beside its addition: Triton's registers hang on the order.
         s = functools.reduce(operator.add, map(axes.scores, operands, q))
-        k_factors, v_factors = load_factors(where) if factors is None else factors
-        if case.k_factors:
-            s = s * axes.by_token(factor_value(k_factors[0]) * k_gain)
+        words = load_factors(where) if factors is None else factors
+        k_factors, v_factors = (
+            [factor_value(words[x.array, x.row], x.half) for x in side]
+            for side in (case.k_factors, case.v_factors)
+        )
+        if k_factors:
+            s = s * axes.by_token(k_factors[0] * k_gain)
         elif k_gain != 1.0:
             s = s * k_gain
         if row_sum is not None:
-            s = s + axes.by_token(factor_value(k_factors[1])) * row_sum
+            s = s + axes.by_token(k_factors[1]) * row_sum
         if case.has_mean:
             s = s + _load_bias(refs["bias"], b, where, axes, rows)
         if case.soft_cap is not None:
@@ -528,11 +537,11 @@ def _kernel(*args, names, case: Case, config: DecodeConfig):
         if masked:
             p = jnp.where(ok, p, 0.0)
         l = axes.add(l, shrink, p)
-        if case.v_factors:
-            if case.v_factors > 1:
-                zero = axes.by_token(factor_value(v_factors[1]))
+        if v_factors:
+            if len(v_factors) > 1:
+                zero = axes.by_token(v_factors[1])
                 zero_sum = axes.add(zero_sum, shrink, p * zero)
-            factor = jnp.minimum(factor_value(v_factors[0]), FLOAT16_MAX / 2.0**offset)
+            factor = jnp.minimum(v_factors[0], FLOAT16_MAX / 2.0**offset)
             p = p * axes.by_token(factor)
         p = p.astype(case.v.dtype)
         accs = tuple(
@@ -595,7 +604,7 @@ def _kernel(*args, names, case: Case, config: DecodeConfig):
         accs, case.v.gains(case.asm), _columns(case.v), strict=True
     ):
         acc = acc * gain
-        if case.v_factors > 1:
+        if len(case.v_factors) > 1:
             acc = acc + axes.by_row(zero_sum)
         y = jnp.where(axes.by_row(seen), acc * axes.by_row(norm), 0.0)
         y = y.T if config.transposed else y

@@ -137,9 +137,9 @@ class Where:
         page, slot, columns = index
         return self._load(ref.at[self.layer, page, self.head, slot, columns], ref.dtype, shape)
 
-    def load_factor(self, ref, factor: int) -> jax.Array:
-        """`[tokens]`, as stored; zero where not inside."""
-        at = ref.at[self.layer, self.page, jnp.full((), factor, jnp.int32), self.head, self.slot]
+    def load_factor(self, ref, row: int) -> jax.Array:
+        """`[tokens]`, words as stored; zero where not inside."""
+        at = ref.at[self.layer, self.page, jnp.full((), row, jnp.int32), self.head, self.slot]
         return self._load(at, ref.dtype, (self.tokens,))
 
     def _load(self, at, dtype, shape):
@@ -150,8 +150,16 @@ class Where:
         return plgpu.load(at, mask=jnp.broadcast_to(inside, shape), other=jnp.zeros((), dtype))
 
 
-def factor_value(stored: jax.Array) -> jax.Array:
-    """Float32 value of a stored factor, float16 or uint8 (`ue5m3`, a float16 cut short)."""
+def factor_value(stored: jax.Array, half: int | None = None) -> jax.Array:
+    """Float32 value of a stored factor, float16 or uint8 (`ue5m3`, a float16 cut short).
+
+    With `half`, of the low (0) or high (1) one of two in each word.
+    """
+    if half is not None:
+        bits = 4 * stored.dtype.itemsize
+        stored = (stored >> np.asarray(bits * half, stored.dtype)).astype(f"uint{bits}")
+        if bits == 16:
+            stored = jax.lax.bitcast_convert_type(stored, jnp.float16)
     if stored.dtype == jnp.uint8:
         bits = stored.astype(jnp.uint16) << np.uint16(7)
         stored = jax.lax.bitcast_convert_type(bits, jnp.float16)

@@ -6,7 +6,7 @@ define: rotation by a dot with the matrix, code search, factors, the page's mean
 
 import dataclasses
 import functools
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from pallas_kernels.backends import interpreted
 from pallas_kernels.pages import CodedPages, ExactPages
 
 if TYPE_CHECKING:
-    from jaxkv.codecs import PageLayout
+    from jaxkv.codecs import TokenMajor
 
 WARPS = 8
 # Programs to start: each takes 2 ns even if nothing is wanted, and a few hundred run at once, so
@@ -41,7 +41,7 @@ def refusal(coded: CodedPages, *, platform: str | None = None) -> str | None:
         if jnp.issubdtype(tensor.codes_dtype, jnp.floating):
             return f"{layout.codec.name}: the GPU kernel writes integer codes"
     for name, array in coded.arrays.items():
-        if not name.endswith("factors") and array.dtype not in (jnp.uint16, jnp.uint32):
+        if not name.startswith("factors") and array.dtype not in (jnp.uint16, jnp.uint32):
             return f"{layout.codec.name}: the GPU kernel writes codes that are packed into words"
         if array.dtype.itemsize == 1 and array.size > 2**31:
             return f"{name}.size={array.size}: over 2 GiB of 1-byte values are not served"
@@ -74,7 +74,7 @@ def quantize_pages(
         (pools if codec.key_mean == "page" else inputs)["key_mean"] = coded.key_mean
     names = (*inputs, *(f"old_{name}" for name in pools), *pools)
     out = pl.pallas_call(
-        functools.partial(_kernel, names=names, layout=coded.layout),
+        functools.partial(_kernel, names=names, layout=cast("TokenMajor", coded.layout)),
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in pools.values()],
         input_output_aliases={len(inputs) + i: i for i in range(len(pools))},
         grid=(coded.dims["kv_heads"], layers, lanes),
@@ -111,7 +111,7 @@ def _rotate(x, matrix):
     return sum(dots[1:], dots[0]) * matrix.shape[0] ** -0.5
 
 
-def _kernel(*args, names, layout: "PageLayout"):
+def _kernel(*args, names, layout: "TokenMajor"):
     refs = dict(zip(names, args, strict=True))
     layer, h = refs["layer"][0] + pl.program_id(1), pl.program_id(0)
     lane, lanes = pl.program_id(2), refs["wanted"].shape[1]
@@ -125,7 +125,7 @@ def _kernel(*args, names, layout: "PageLayout"):
         jax.lax.fori_loop(0, refs["wanted"].shape[0], visit, None)
 
 
-def _quantize_page(refs, layout: "PageLayout", layer, h, i):
+def _quantize_page(refs, layout: "TokenMajor", layer, h, i):
     """Entry `i` of the list, for one layer and kv head."""
     source, target = refs["source"][i], refs["target"][i]
     codec = layout.codec
@@ -141,14 +141,14 @@ def _quantize_page(refs, layout: "PageLayout", layer, h, i):
         else:
             rotated = refs["key_mean"][layer, 0, h]
         mean = jnp.sum(rotated.astype(jnp.float32)[None, :] * matrix, axis=1)[None, :]
+    factors = []
     for side, tensor, x, own in (
         ("k", codec.key, k, mean),
         ("v", codec.value, refs["v"][layer, source, h], None),
     ):
         rotation = refs.get(f"{side}_rotation")
-        codes, factors = _quantize(tensor, x, own, rotation, refs["pre_scales"])
-        for number, factor in enumerate(factors):
-            refs[f"{side}_factors"][layer, target, number, h] = factor
+        codes, own_factors = _quantize(tensor, x, own, rotation, refs["pre_scales"])
+        factors.append(own_factors)
         shift = 0
         for name in (f"{side}_codes", f"{side}_high"):
             if name not in refs:
@@ -158,6 +158,8 @@ def _quantize_page(refs, layout: "PageLayout", layer, h, i):
             packed = _pack(codes >> shift, width, words.shape[-1])
             words[layer, target, h] = packed.astype(words.dtype)
             shift += width
+    for (name, row), word in layout.factor_words(*factors).items():
+        refs[name][layer, target, row, h] = word
 
 
 def _quantize(tensor, x, mean, rotation, pre_scales):

@@ -5,11 +5,14 @@ import pytest
 
 from jaxkv.codecs import (
     Exact,
+    Float8,
     Int8,
     KVCodec,
+    MinMax,
     Quantized,
     TokenMajor,
     TokensOnLanes,
+    TurboQuant,
     codec_names,
     default_layout,
     get_codec,
@@ -87,6 +90,60 @@ def test_one_token_writes_into_its_place(name, platform):
     for array, axis in layout.token_axes.items():
         slot = jax.lax.slice_in_dim(pages[array], 9, 10, axis=pages[array].ndim + axis)
         assert_same_bits(single[array], slot)
+
+
+SHORT = TurboQuant(factor_kind="ue5m3")
+
+
+@pytest.mark.parametrize(
+    "key, value, words",
+    [
+        (Float8("e4m3"), Float8("e4m3"), {}),
+        (Float8("e4m3"), Int8(), {"float16": 1}),
+        (Float8("e4m3"), MinMax(4), {"uint32": 1}),
+        (TurboQuant(), TurboQuant(), {"uint32": 1}),
+        (TurboQuant(), MinMax(4), {"float16": 1, "uint32": 1}),
+        (MinMax(8), Int8(), {"float16": 1, "uint32": 1}),
+        (MinMax(4), MinMax(4), {"uint32": 2}),
+        (SHORT, SHORT, {"uint16": 1}),
+        (SHORT, Int8(), {"uint8": 1, "float16": 1}),
+        (SHORT, MinMax(4), {"uint8": 1, "uint32": 1}),
+        (MinMax(4), SHORT, {"uint8": 1, "uint32": 1}),
+    ],
+)
+def test_factors_of_a_token_share_words(key, value, words):
+    codec = KVCodec(name="own", key=key, value=value)
+    layout = TokenMajor(codec=codec, kv_heads=3, head_dim=64, page_size=16, word_bits=16)
+    assert {n: s for n, s in layout.arrays.items() if n.startswith("factors")} == {
+        f"factors_{dtype}": jax.ShapeDtypeStruct((rows, 3, 16), dtype)
+        for dtype, rows in words.items()
+    }
+    assert layout.allocated_bytes == layout.useful_bytes
+    shape = (2, 3, 16, 64)
+    record = random_record(key, shape, 0), random_record(value, shape, 1)
+    assert_same_bits(layout.unpack(layout.pack(*record)), record)
+
+
+@pytest.mark.parametrize(
+    "name, alone, pair",
+    [
+        ("int8", ["factors_float16"], ["factors_uint32"]),
+        ("tq4", [], ["factors_uint32"]),
+        ("tq2", [], ["factors_uint16"]),
+    ],
+)
+def test_the_first_factor_stands_alone_and_pairs_begin_low(name, alone, pair):
+    codec = get_codec(name)
+    layout = TokenMajor(codec=codec, kv_heads=2, head_dim=64, page_size=16, word_bits=16)
+    shape = (2, 16, 64)
+    key, value = random_record(codec.key, shape, 0), random_record(codec.value, shape, 1)
+    arrays = {n: np.asarray(x) for n, x in layout.pack(key, value).items()}
+    size = key.factors[0].dtype.itemsize
+    bits = [np.asarray(f).view(f"u{size}").astype(int) for f in (*key.factors, *value.factors)]
+    for array in alone:
+        np.testing.assert_array_equal(arrays[array][0].view(f"u{size}"), bits.pop(0))
+    for array in pair:
+        np.testing.assert_array_equal(arrays[array][0], bits[0] | bits[1] << 8 * size)
 
 
 def test_gpu_words_are_chosen_by_head_dim():
