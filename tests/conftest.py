@@ -33,6 +33,11 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     XLA_CACHE = TESTS.parent / ".pytest_cache" / "xla" / _cpu_fingerprint()
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(XLA_CACHE)
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+# Most of a run's time is LLVM optimizing programs that run once. This leaves it out on CPUs and
+# nothing else: XLA's own passes are the same, so that programs, their memory and their copies are
+# (compiled.as_text() is equal). JAX_DISABLE_MOST_OPTIMIZATIONS=0 optimizes all tests.
+if os.environ["JAX_PLATFORMS"] == "cpu":
+    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
@@ -76,9 +81,21 @@ def free_compiled_programs():
     _free_compiled_programs(most_maps=5_000)
 
 
+@contextlib.contextmanager
+def _llvm_optimizations():
+    """Optimizes programs as users' are, in this process and in those that a test starts."""
+    before = jax.config.values["jax_disable_most_optimizations"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "0")
+        jax.config.update("jax_disable_most_optimizations", False)
+        yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item):
-    """Makes dtype promotion strict in a test and its fixtures, outside LOOSE_PROMOTION.
+    """Makes dtype promotion strict in a test and its fixtures, outside LOOSE_PROMOTION; optimizes
+    what is marked so.
 
     A hook, not an autouse fixture: hypothesis refuses function-scoped fixtures under `@given`.
     """
@@ -86,7 +103,10 @@ def pytest_runtest_protocol(item):
     strict = contextlib.nullcontext()
     if folder not in LOOSE_PROMOTION:
         strict = jax.numpy_dtype_promotion("strict")
-    with strict:
+    optimized = contextlib.nullcontext()
+    if item.get_closest_marker("optimized"):
+        optimized = _llvm_optimizations()
+    with strict, optimized:
         result = yield
     _free_compiled_programs(MOST_MAPS)
     return result

@@ -15,6 +15,7 @@ EXAMPLES = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
 
 
 @pytest.mark.slow
+@pytest.mark.optimized
 @pytest.mark.parametrize("number", range(len(EXAMPLES)))
 def test_example_runs(number):
     if "smollm2" in EXAMPLES[number]:

@@ -177,6 +177,7 @@ def test_the_compiled_block_calls_no_host_and_copies_no_pool(model):
 
 
 @pytest.mark.slow
+@pytest.mark.optimized
 @pytest.mark.parametrize("sink_positions", ["original", "cache"])
 def test_a_long_stream_runs_in_constant_pages(model, sink_positions):
     stream = dict(window=64, sink_tokens=4, sink_positions=sink_positions, page_size=16, block=500)

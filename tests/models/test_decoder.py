@@ -58,14 +58,26 @@ def uncached(model, prompt):
 def test_cached_greedy_tokens_equal_uncached_ones(oracle):
     expected = [uncached(load(oracle, False), prompt) for prompt in PROMPTS]
     assert len({tuple(tokens) for tokens in expected}) == len(PROMPTS)
-    assert generate(load(oracle, False)).tokens == expected
     assert generate(load(oracle, True)).tokens == expected
+    if oracle != "gpt_oss":  # the packed one is the same but for its experts
+        assert generate(load(oracle, False)).tokens == expected
 
 
-@pytest.mark.parametrize("oracle", ["gemma3", "gpt_oss_mxfp4"])
+# All with both models, or the one and the other in turn: a codec sees heads, not models, and what
+# it stores is held to the formula in tests/jaxkv/test_coded_attend.py.
+MODELS = ("gemma3", "gpt_oss_mxfp4")
+SLOW = [codec for codec in codec_names() if codec not in QUICK]
+
+
 @pytest.mark.parametrize(
-    "codec",
-    [c if c in QUICK else pytest.param(c, marks=pytest.mark.slow) for c in codec_names()],
+    "codec, oracle",
+    [
+        *[(codec, oracle) for codec in QUICK for oracle in MODELS],
+        *[
+            pytest.param(codec, MODELS[n % 2], marks=pytest.mark.slow)
+            for n, codec in enumerate(SLOW)
+        ],
+    ],
 )
 def test_every_codec_generates(oracle, codec):
     result = generate(load(oracle, True), codec=codec)
@@ -74,26 +86,37 @@ def test_every_codec_generates(oracle, codec):
     assert all(group.codec == codec for group in jaxkv.explain(result.config) if not group.note)
 
 
+@jax.jit
+def three_chunks(model, tokens, cache):
+    """Logits of the last of three equal chunks."""
+
+    def step(carry, chunk):
+        cache, _ = carry
+        count = jnp.full(2, chunk.shape[1], jnp.int32)
+        hidden, cache = model(chunk, cache.prepare(count))
+        return (cache.commit(count), hidden), None
+
+    first = jnp.zeros((2, tokens.shape[2], model.config.hidden_size))
+    (_, hidden), _ = jax.lax.scan(step, (cache, first), tokens)
+    return model.unembed(hidden)
+
+
+@functools.cache
+def logits_of_codec(oracle, codec):
+    model = load(oracle, True)
+    layers = model.layer_specs(dtype="float32", codec=codec)
+    cache = jaxkv.KVCache.create(
+        jaxkv.CacheConfig(layers=layers, batch=2, max_tokens=60, max_new_tokens=20, page_size=4)
+    )
+    tokens = np.arange(2 * 60).reshape(2, 3, 20).swapaxes(0, 1) % 251
+    return three_chunks(model, tokens, cache)
+
+
 @pytest.mark.parametrize("oracle", ["gemma3", "gpt_oss"])
 @pytest.mark.parametrize("codec", ["int8", "tq4"])
 def test_coded_steps_stay_near_exact_ones(oracle, codec):
     """Tokens may differ where two logits are near; a codec that read wrong pages would be lost."""
-    model, tokens = load(oracle, True), np.arange(2 * 60).reshape(2, 60) % 251
-
-    def logits(codec):
-        layers = model.layer_specs(dtype="float32", codec=codec)
-        cache = jaxkv.KVCache.create(
-            jaxkv.CacheConfig(layers=layers, batch=2, max_tokens=60, max_new_tokens=20, page_size=4)
-        )
-        for start in range(0, 60, 20):
-            count = jnp.full(2, 20, jnp.int32)
-            hidden, cache = jax.jit(model)(
-                jnp.asarray(tokens[:, start : start + 20]), cache.prepare(count)
-            )
-            cache = cache.commit(count)
-        return model.unembed(hidden)
-
-    error = np.abs(logits(codec) - logits("exact")).max()
+    error = np.abs(logits_of_codec(oracle, codec) - logits_of_codec(oracle, "exact")).max()
     assert 0 < error < {"int8": 0.15, "tq4": 1.5}[codec]
 
 
@@ -169,10 +192,14 @@ def test_unrolled_models_keep_single_layers_exact():
 def test_cache_of_another_number_of_layers_is_refused():
     config = architecture_config(gpt_oss_config(num_hidden_layers=2))
     other = architecture_config(gpt_oss_config(num_hidden_layers=3))
-    model = Decoder(config, nnx.Rngs(0), scan=False)
-    cache = jaxkv.KVCache.create(cache_of(other))
+
+    def run():
+        model = Decoder(config, nnx.Rngs(0), scan=False)
+        cache = jaxkv.KVCache.create(cache_of(other))
+        return model(jnp.zeros((1, 1), jnp.int32), cache.prepare(jnp.ones(1, jnp.int32)))
+
     with pytest.raises(ValueError, match="3 layers and must have 2"):
-        model(jnp.zeros((1, 1), jnp.int32), cache.prepare(jnp.ones(1, jnp.int32)))
+        nnx.eval_shape(run)
 
 
 def test_streaming_turns_sinks_by_each_layers_own_rope_scanned_or_not():
@@ -209,6 +236,12 @@ def test_bfloat16_models_run_and_embeddings_are_scaled_in_their_dtype():
     config = architecture_config(gemma_config("gemma3_text", hidden_size=30))
     model = Decoder(config, nnx.Rngs(0), dtype="bfloat16")
     cache = jaxkv.KVCache.create(cache_of(config))
-    hidden, _ = model(jnp.zeros((1, 1), jnp.int32), cache.prepare(jnp.ones(1, jnp.int32)))
+
+    @jax.jit
+    def run(model, tokens, cache):
+        hidden, _ = model(tokens, cache.prepare(jnp.ones(1, jnp.int32)))
+        return hidden, model.unembed(hidden)
+
+    hidden, logits = run(model, jnp.zeros((1, 1), jnp.int32), cache)
     assert hidden.dtype == jnp.bfloat16
-    assert model.unembed(hidden).dtype == jnp.float32
+    assert logits.dtype == jnp.float32 and np.isfinite(logits).all()

@@ -14,7 +14,7 @@ import pytest
 import jaxkv
 import models
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.optimized]
 
 ORACLE = json.loads((Path(__file__).parents[1] / "oracles" / "smollm2.json").read_text("utf-8"))
 CASES = {case["name"]: case for case in ORACLE["cases"]}
