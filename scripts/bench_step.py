@@ -92,15 +92,18 @@ def fill(cache: jaxkv.KVCache, context: int) -> jaxkv.KVCache:
 
     @functools.partial(jax.jit, donate_argnums=0, static_argnums=2)
     def randomize(pool, seed, mask):
-        def layer(key):
+        def layer(i, pool):  # in place: a second pool may not fit
+            key = jax.random.fold_in(jax.random.key(seed), i)
             if jnp.issubdtype(pool.dtype, jnp.integer):
                 bits = jnp.dtype(f"uint{8 * pool.dtype.itemsize}")
                 x = jax.random.bits(key, pool.shape[1:], bits)
                 x = x & bits.type(mask & jnp.iinfo(bits).max)
-                return jax.lax.bitcast_convert_type(x, pool.dtype)
-            return (0.1 * jax.random.normal(key, pool.shape[1:], jnp.bfloat16)).astype(pool.dtype)
+                x = jax.lax.bitcast_convert_type(x, pool.dtype)
+            else:
+                x = 0.1 * jax.random.normal(key, pool.shape[1:], jnp.bfloat16)
+            return pool.at[i].set(x.astype(pool.dtype))
 
-        return jax.lax.map(layer, jax.random.split(jax.random.key(seed), pool.shape[0]))
+        return jax.lax.fori_loop(0, pool.shape[0], layer, pool)
 
     cache = reserve(cache)
     seeds = itertools.count()
@@ -245,7 +248,7 @@ def main(args: Args) -> int:
     for (batch, codec), cache_config in cases.items():
         cache = fill(jaxkv.KVCache.create(cache_config), args.context)
         last = jnp.ones((batch, config.hidden_size), args.dtype)
-        state = start(model, cache, last, *draw(batch))
+        state = jax.block_until_ready(start(model, cache, last, *draw(batch)))
         run = compiled[batch, codec]
         seconds = []
         for _ in range(args.repeats + 1):

@@ -89,6 +89,7 @@ CONFIGS = {
     "byte": DecodeConfig(warps=1, early_factors=True, wave=1056),
     "byte_planes": DecodeConfig(mask_all=False, early_factors=True),
     "planes": PLANES,
+    "uniform": dataclasses.replace(PLANES, early_factors=True),  # values, keys with a codebook
     "planes_64": dataclasses.replace(PLANES, block=128, least_tokens=128),
     "three": dataclasses.replace(PLANES, stages=3),
 }
@@ -102,10 +103,12 @@ def choose_config(k: Reader, v: Reader, rows: int, window: int | None = None) ->
             return CONFIGS["byte"]
         few_blocks = window is not None and window < 1024
         return CONFIGS["exact" if rows > 16 or few_blocks else "exact" + small]
-    if isinstance(k, PlanesReader) and isinstance(v, PlanesReader) and k.width == v.width == 8:
+    both = isinstance(k, PlanesReader) and isinstance(v, PlanesReader)
+    if both and k.width == v.width == 8:
         return CONFIGS["byte_planes"]
     three = any(len(side.arrays) > 1 for side in (k, v))
-    config = CONFIGS["three" if three else "planes" + small]
+    uniform = both and not v.levels.coefficients and not small
+    config = CONFIGS["three" if three else "uniform" if uniform else "planes" + small]
     return config if rows <= 16 else dataclasses.replace(config, block=64, warps=4)
 
 
