@@ -103,12 +103,14 @@ def choose_config(k: Reader, v: Reader, rows: int, window: int | None = None) ->
             return CONFIGS["byte"]
         few_blocks = window is not None and window < 1024
         return CONFIGS["exact" if rows > 16 or few_blocks else "exact" + small]
-    both = isinstance(k, PlanesReader) and isinstance(v, PlanesReader)
-    if both and k.width == v.width == 8:
-        return CONFIGS["byte_planes"]
-    three = any(len(side.arrays) > 1 for side in (k, v))
-    uniform = both and not v.levels.coefficients and not small
-    config = CONFIGS["three" if three else "uniform" if uniform else "planes" + small]
+    kind = "planes" + small
+    if any(len(side.arrays) > 1 for side in (k, v)):
+        kind = "three"
+    elif isinstance(k, PlanesReader) and isinstance(v, PlanesReader):
+        if k.width == v.width == 8:
+            return CONFIGS["byte_planes"]
+        kind = kind if small or v.levels.coefficients else "uniform"
+    config = CONFIGS[kind]
     return config if rows <= 16 else dataclasses.replace(config, block=64, warps=4)
 
 
