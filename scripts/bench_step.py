@@ -84,11 +84,8 @@ def fill(cache: jaxkv.KVCache, context: int) -> jaxkv.KVCache:
 
     @functools.partial(jax.jit, donate_argnums=0)
     def reserve(cache):
-        def body(i, cache):
-            left = jnp.minimum(context - cache.lengths, step)
-            return cache.prepare(left).commit(left)
-
-        return jax.lax.fori_loop(0, -(-context // step), body, cache)
+        left = jnp.minimum(context - cache.lengths, step)
+        return cache.prepare(left).commit(left)
 
     @functools.partial(jax.jit, donate_argnums=0, static_argnums=2)
     def randomize(pool, seed, mask):
@@ -101,11 +98,12 @@ def fill(cache: jaxkv.KVCache, context: int) -> jaxkv.KVCache:
                 x = jax.lax.bitcast_convert_type(x, pool.dtype)
             else:
                 x = 0.1 * jax.random.normal(key, pool.shape[1:], jnp.bfloat16)
-            return pool.at[i].set(x.astype(pool.dtype))
+            return jax.lax.dynamic_update_index_in_dim(pool, x.astype(pool.dtype), i, 0)
 
         return jax.lax.fori_loop(0, pool.shape[0], layer, pool)
 
-    cache = reserve(cache)
+    for _ in range(-(-context // step)):
+        cache = reserve(cache)
     seeds = itertools.count()
 
     def random(path, pool):
