@@ -31,7 +31,11 @@ def interpret_kernels() -> Iterator[None]:
 
 
 def choose_backend(
-    op: str, backend: Backend | None, implemented: tuple[Backend, ...], platform: str | None = None
+    op: str,
+    backend: Backend | None,
+    implemented: tuple[Backend, ...],
+    platform: str | None = None,
+    gpu_refusal: str | None = None,
 ) -> Backend:
     """Returns the backend that serves `op`: the named one, or the platform's best.
 
@@ -40,11 +44,16 @@ def choose_backend(
       backend: None chooses by platform among `implemented`.
       implemented: backends that the op has for this case.
       platform: "cpu", "gpu" or "tpu"; None asks JAX.
+      gpu_refusal: why "gpu" does not serve this call, in words; None if it does.
 
     Raises:
       ValueError: no such backend.
-      NotImplementedError: the named backend does not serve this op.
+      NotImplementedError: the named backend does not serve this op, or not this call.
     """
+    if gpu_refusal is not None:
+        if backend == "gpu":
+            raise NotImplementedError(f"{op}: {gpu_refusal}.")
+        implemented = tuple(name for name in implemented if name != "gpu")
     if backend is None:
         platform = platform or jax.default_backend()
         return platform if platform in implemented else "xla"  # type: ignore[return-value]

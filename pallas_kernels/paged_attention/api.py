@@ -34,13 +34,8 @@ def choose(
       ValueError: no such backend.
       NotImplementedError: the named backend does not serve this; the message says why.
     """
-    served = BACKENDS
-    if backend == "gpu" or (backend is None and (platform or jax.default_backend()) == "gpu"):
-        reason = gpu.refusal(pages, q_tokens=q_tokens, q_heads=q_heads, platform=platform)
-        if reason is not None and backend == "gpu":
-            raise NotImplementedError(f"paged_attention: {reason}.")
-        served = BACKENDS if reason is None else ("xla", "reference")
-    return choose_backend("paged_attention", backend, served, platform)
+    why = gpu.refusal(pages, q_tokens=q_tokens, q_heads=q_heads, platform=platform)
+    return choose_backend("paged_attention", backend, BACKENDS, platform, gpu_refusal=why)
 
 
 def paged_attention(

@@ -296,11 +296,14 @@ def _readers(pages: Pages, head_dim: int):
         arrays = dict(k=pages.k, v=pages.v)
         readers = (exact_reader(side, head_dim, pages.k.dtype) for side in "kv")
         return *readers, arrays, ((), ())
-    codec, arrays = pages.layout.codec, pages.arrays
-    k = coded_reader("k", codec.key, head_dim, arrays)
-    v = coded_reader("v", codec.value, head_dim, arrays)
-    # The readers refuse other layouts.
-    return k, v, arrays, cast("TokenMajor", pages.layout).factor_places
+    layout, arrays = pages.layout, pages.arrays
+    if not hasattr(layout, "factor_places"):  # its class lies above the kernels
+        raise NotImplementedError(
+            f"{type(layout).__name__}: the GPU kernel reads TokenMajor pages."
+        )
+    k = coded_reader("k", layout.codec.key, head_dim, arrays)
+    v = coded_reader("v", layout.codec.value, head_dim, arrays)
+    return k, v, arrays, cast("TokenMajor", layout).factor_places
 
 
 def _check(head_dim, page_size, group, q_tokens, arrays):

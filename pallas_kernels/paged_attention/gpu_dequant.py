@@ -406,13 +406,9 @@ def coded_reader(side: str, codec: "TensorCodec", head_dim: int, arrays: dict) -
     """Reader of one side of `CodedPages`, of a `TokenMajor` layout.
 
     Raises:
-      NotImplementedError: words of 8 bits, or arrays that are not token-major.
+      NotImplementedError: words of 8 bits.
     """
-    codes = arrays.get(f"{side}_codes")
-    if codes is None:
-        raise NotImplementedError(
-            f"arrays={sorted(arrays)}: the GPU kernel reads TokenMajor pages."
-        )
+    codes = arrays[f"{side}_codes"]
     if codec.bits not in (2, 3, 4):
         exact = codes.dtype in (jnp.bfloat16, jnp.float16, jnp.float32)
         dtype = str(codes.dtype) if exact else "float16"

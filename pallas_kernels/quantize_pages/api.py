@@ -7,6 +7,8 @@ from pallas_kernels.pages import CodedPages, ExactPages
 from pallas_kernels.quantize_pages import gpu, xla
 from pallas_kernels.shapes import bind_dims
 
+BACKENDS: tuple[Backend, ...] = ("xla", "gpu")
+
 
 def quantize_pages(
     coded: CodedPages,
@@ -58,6 +60,4 @@ def choose(backend: Backend | None, coded: CodedPages, *, platform: str | None =
       NotImplementedError: the named backend does not serve them; says why.
     """
     why = gpu.refusal(coded, platform=platform)
-    if backend == "gpu" and why:
-        raise NotImplementedError(f"quantize_pages: {why}.")
-    return choose_backend("quantize_pages", backend, ("xla",) if why else ("xla", "gpu"), platform)
+    return choose_backend("quantize_pages", backend, BACKENDS, platform, gpu_refusal=why)

@@ -37,6 +37,8 @@ def refusal(coded: CodedPages, *, platform: str | None = None) -> str | None:
         return f"head_dim={dims['head_dim']}: the GPU kernel quantizes {HEAD_DIMS}"
     if dims["page_size"] not in PAGE_SIZES:
         return f"page_size={dims['page_size']}: the GPU kernel quantizes {PAGE_SIZES}"
+    if not hasattr(layout, "factor_words"):  # its class lies above the kernels
+        return f"{type(layout).__name__}: the GPU kernel writes TokenMajor pages"
     for tensor in (layout.codec.key, layout.codec.value):
         if jnp.issubdtype(tensor.codes_dtype, jnp.floating):
             return f"{layout.codec.name}: the GPU kernel writes integer codes"

@@ -68,6 +68,4 @@ def choose(backend: Backend | None, pages: Pages, *, platform: str | None = None
       NotImplementedError: the named backend does not serve them; says why.
     """
     why = gpu.refusal(pages, platform=platform)
-    if backend == "gpu" and why:
-        raise NotImplementedError(f"write_pages: {why}.")
-    return choose_backend("write_pages", backend, ("xla",) if why else BACKENDS, platform)
+    return choose_backend("write_pages", backend, BACKENDS, platform, gpu_refusal=why)

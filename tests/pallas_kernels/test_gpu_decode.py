@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxkv import CacheConfig, KVCache, LayerSpec
 from jaxkv.codecs import get_codec
 from jaxkv.codecs.affine import Float8, Int8, MinMax
 from jaxkv.codecs.codebooks import get_codebook
@@ -409,6 +410,11 @@ def test_what_is_not_served_is_named():
         make_case(group=33, q_lens=(4, 1, 1, 1), lengths=(4, 1, 1, 1)).attend(interpret=True)
     with pytest.raises(NotImplementedError, match="^word_bits=8: the GPU kernel reads words"):
         make_case(get_codec("tq4"), word_bits=8).attend(interpret=True)
+    spec = LayerSpec(kv_heads=2, head_dim=64, codec="fp8_e4m3")
+    for_cpus = CacheConfig(layers=(spec,), batch=1, max_tokens=64, page_size=16, platform="cpu")
+    [state] = KVCache.create(for_cpus).groups
+    with pytest.raises(NotImplementedError, match="^TokensLast: the GPU kernel reads TokenMajor"):
+        gpu_decode.check(state.body.pages, q_tokens=1, group=2)
 
 
 def run_ptx(text, inputs, registers=False):

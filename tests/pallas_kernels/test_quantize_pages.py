@@ -108,3 +108,7 @@ def test_what_the_kernel_does_not_serve_is_named():
     assert choose(None, pages, platform="gpu") == "gpu"
     with pytest.raises(NotImplementedError, match="needs an NVIDIA GPU"):
         choose("gpu", pages, platform="cpu")
+    pages, _ = make_pages("fp8_e4m3", 64)
+    assert choose(None, pages, platform="gpu") == "xla"
+    with pytest.raises(NotImplementedError, match="fp8_e4m3: the GPU kernel writes integer codes"):
+        choose("gpu", pages, platform="gpu")
