@@ -299,13 +299,11 @@ def generate(
     )
     cache = KVCache.create(config, key_means=key_means)
     compile_seconds = -time.perf_counter()
-    # The GPU kernel takes a few tokens a sequence: prompts come in chunks.
-    prefill_backend = None if backend == "gpu" else backend
-    _compile(model, cache, padded, draw, chunk, block, backend, prefill_backend)
+    _compile(model, cache, padded, draw, chunk, block, backend)
     compile_seconds += time.perf_counter()
 
     prefill_seconds = -time.perf_counter()
-    cache, last, peak = _prefill(model, cache, padded, lens, chunk, prefill_backend, on_prefill)
+    cache, last, peak = _prefill(model, cache, padded, lens, chunk, backend, on_prefill)
     reserved, page_bytes = cache.bytes_reserved, cache.page_bytes
     state = start(model, cache, last, *draw)
     tokens = [[int(t)] for t in np.asarray(state.token)]
@@ -392,7 +390,7 @@ def _no_hidden(model, batch: int) -> jax.Array:
     return jnp.zeros((batch, table.shape[1]), table.dtype)
 
 
-def _compile(model, cache, padded, draw, chunk, block, backend, prefill_backend) -> None:
+def _compile(model, cache, padded, draw, chunk, block, backend) -> None:
     """Compiles what `generate` will call, to tell its time apart; JAX keeps the programs."""
     shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
     abstract = jax.tree.map(shape, cache)
@@ -405,7 +403,7 @@ def _compile(model, cache, padded, draw, chunk, block, backend, prefill_backend)
         jnp.asarray(padded),
         lens,
         chunk=chunk,
-        backend=prefill_backend,
+        backend=backend,
     ).compile()
     start.lower(model, abstract, last, *draw).compile()
     state = jax.eval_shape(start, model, abstract, last, *draw)

@@ -99,7 +99,7 @@ def explain(
             pages=sum(store.pages for store in group.stores),
             bytes=size,
             attention=serving(state, backend, q_tokens=1),
-            prefill=serving(state, None if backend == "gpu" else backend, q_tokens=PREFILL_TOKENS),
+            prefill=serving(state, backend, q_tokens=PREFILL_TOKENS),
             write=_writing(state, platform),
             quantize=_quantizing(state, platform),
         )

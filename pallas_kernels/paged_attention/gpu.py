@@ -1,21 +1,24 @@
-"""The NVIDIA backend: a Pallas kernel for the few query tokens of decode and verify.
+"""The NVIDIA backend: one Pallas kernel for decode, verify and, block by block, chunks of prompts.
 
-Chunks of a prompt have no kernel here yet; `refusal` says what else it does not serve.
+`refusal` says what it does not serve.
 """
 
 import jax
 
 from pallas_kernels.backends import interpreted
-from pallas_kernels.paged_attention import gpu_decode
+from pallas_kernels.paged_attention import gpu_chunks, gpu_decode
 from pallas_kernels.pages import Pages
 
-MOST_TOKENS = 8  # query tokens: one, or drafts to verify
+STATIC = ("scale", "window", "sink_tokens", "lag", "soft_cap", "interpret")
 
-# A function of its own: traced and lowered once for all layers of a model that are alike.
-_attend = jax.jit(
-    gpu_decode.paged_attention,
-    static_argnames=("scale", "window", "sink_tokens", "lag", "soft_cap", "interpret", "config"),
-)
+# Functions of their own: traced and lowered once for all layers of a model that are alike.
+_attend_few = jax.jit(gpu_decode.paged_attention, static_argnames=STATIC)
+_attend_chunk = jax.jit(gpu_chunks.paged_attention, static_argnames=STATIC)
+
+
+def is_chunk(pages: Pages, *, q_tokens: int, q_heads: int) -> bool:
+    """Whether there are more query tokens than one program of the kernel takes."""
+    return q_tokens * (q_heads // pages.dims["kv_heads"]) > gpu_decode.MOST_ROWS
 
 
 def refusal(
@@ -32,10 +35,10 @@ def refusal(
     platform = platform or jax.default_backend()
     if platform != "gpu" and not interpreted():
         return f"backend='gpu' needs an NVIDIA GPU, and JAX runs on {platform!r}"
-    if q_tokens > MOST_TOKENS:
-        return f"{q_tokens=}: the GPU kernel serves up to {MOST_TOKENS}"
+    chunk = is_chunk(pages, q_tokens=q_tokens, q_heads=q_heads)
+    group = q_heads // pages.dims["kv_heads"]
     try:
-        gpu_decode.check(pages, q_tokens=q_tokens, group=q_heads // pages.dims["kv_heads"])
+        gpu_decode.check(pages, q_tokens=1 if chunk else q_tokens, group=group)
     except NotImplementedError as error:
         return str(error).rstrip(".")
     return None
@@ -43,4 +46,6 @@ def refusal(
 
 def paged_attention(q, pages, page_table, sink_table, **options) -> tuple[jax.Array, jax.Array]:
     """See `api.paged_attention`."""
-    return _attend(q, pages, page_table, sink_table, interpret=interpreted(), **options)
+    chunk = is_chunk(pages, q_tokens=q.shape[1], q_heads=q.shape[2])
+    attend = _attend_chunk if chunk else _attend_few
+    return attend(q, pages, page_table, sink_table, interpret=interpreted(), **options)

@@ -1,4 +1,4 @@
-"""Decode attention on NVIDIA GPUs (Pallas Triton): up to 8 query tokens, exact or coded pages.
+"""Paged attention on NVIDIA GPUs (Pallas Triton): a few query tokens, exact or coded pages.
 
 One program takes one work item (`gpu_split`) of one kv head: it loads a block of tokens, turns
 words into dot operands in registers (`gpu_dequant`), and keeps an online softmax in base 2. Scale
@@ -69,6 +69,7 @@ class DecodeConfig:
     wave: int = 264  # programs that run at once
     good_tokens: int = 4096  # of an item, where that leaves a wave of them
     least_tokens: int = 256  # of an item
+    enough: int | None = None  # programs that fill the chip: with as many sequences none is split
 
 
 # By the kind of codes and the head_dim, measured on an H100 with pages of 64 tokens:
@@ -92,11 +93,18 @@ CONFIGS = {
     "uniform": dataclasses.replace(PLANES, early_factors=True),  # values, keys with a codebook
     "planes_64": dataclasses.replace(PLANES, block=128, least_tokens=128),
     "three": dataclasses.replace(PLANES, stages=3),
+    "chunk": DecodeConfig(block=128, warps=8, stages=2, mask_all=False, enough=132),
+    "chunk_codes": DecodeConfig(warps=8, stages=2, mask_all=False, enough=132),
 }
 
 
-def choose_config(k: Reader, v: Reader, rows: int, window: int | None = None) -> DecodeConfig:
+def choose_config(
+    k: Reader, v: Reader, rows: int, window: int | None = None, *, chunk: bool = False
+) -> DecodeConfig:
     """Tile sizes for a pair of readers and `rows` query rows a kv head."""
+    if chunk:
+        wide = k.arrays != ("k",) or k.head_dim > 128
+        return CONFIGS["chunk_codes" if wide else "chunk"]
     small = "_64" if k.head_dim <= 64 else ""
     if not isinstance(k, PlanesReader) and not isinstance(v, PlanesReader):
         if k.arrays != ("k",):
@@ -162,10 +170,13 @@ def paged_attention(
     sink_tokens,
     lag,
     soft_cap,
+    chunk: bool = False,
     interpret: bool = False,
     config: DecodeConfig | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """See `api.paged_attention`.
+
+    With `chunk` the sequences are blocks of a prompt's chunk (`gpu_chunks`).
 
     Raises:
       NotImplementedError: a shape or codec that this kernel does not serve.
@@ -175,7 +186,7 @@ def paged_attention(
     kv_heads, page_size = dims["kv_heads"], dims["page_size"]
     group = q_heads // kv_heads
     k, v, arrays, factors = _readers(pages, head_dim)
-    config = config or choose_config(k, v, group * q_tokens, window)
+    config = config or choose_config(k, v, group * q_tokens, window, chunk=chunk)
     _check(head_dim, page_size, group, q_tokens, arrays)
 
     span = span_pages(
@@ -205,6 +216,7 @@ def paged_attention(
         least_pages=max(1, config.least_tokens // page_size),
     )
     items = item_bound(batch, most_pages, **sizes)
+    enough = config.enough is not None and batch * kv_heads >= config.enough
     case = Case(
         k=k,
         v=v,
@@ -220,7 +232,7 @@ def paged_attention(
         sink_pages=sink_pages,
         lag=lag,
         soft_cap=soft_cap,
-        direct=items <= batch,
+        direct=items <= batch or enough,
         asm=not interpret,
     )
     scalars = dict(
@@ -679,7 +691,7 @@ def _mean_scores(q, mean, scalars, case: Case, config: DecodeConfig, *, pages, i
         functools.partial(_mean_kernel, names=tuple(refs), case=case, rows=rows),
         out_shape=[jax.ShapeDtypeStruct((batch, kv_heads, width, rows), jnp.float32)],
         grid=(kv_heads, pl.cdiv(pages, MEAN_PAGES), batch),
-        compiler_params=plgpu.CompilerParams(num_warps=1, num_stages=1),
+        compiler_params=plgpu.CompilerParams(num_warps=1 if rows <= 32 else 4, num_stages=1),
         interpret=interpret,
         name="paged_attention_mean",
     )(*refs.values())

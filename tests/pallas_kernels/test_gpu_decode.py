@@ -274,6 +274,37 @@ def test_shapes(store, shape, interpret):
     assert_close(case.attend(interpret=interpret, config=config), case.dense(), tolerance)
 
 
+# More rows than a program takes, in blocks of 8 or 42 tokens: the last one partly or all padding.
+CHUNK = dict(lengths=(20, 49, 130, 75), q_lens=(20, 17, 0, 1), group=16, kv_heads=1)
+LONG = dict(lengths=(50, 131), q_lens=(50, 45), group=3)
+CHUNK_CASES = {
+    "full": ("bfloat16", CHUNK, dict()),
+    "window": ("bfloat16", LONG, dict(window=37)),
+    "window, sinks": ("float16", CHUNK, dict(window=27, sink_tokens=20, soft_cap=1.5)),
+    "recent pages": ("bfloat16", LONG, dict(lag=PageLag(16, most=2))),
+    "head_dim 256": ("bfloat16", CHUNK | dict(head_dim=256), dict()),
+    "int8": ("int8", CHUNK, dict(window=27)),
+    "fp8_e4m3": ("fp8_e4m3", LONG, dict()),
+    "k8v4": ("k8v4", CHUNK, dict()),
+    "tq4": ("tq4", LONG | dict(head_dim=128), dict(lag=PageLag(16, least=1))),
+    "tq3": ("tq3", CHUNK, dict(window=40)),
+}
+
+
+@pytest.mark.parametrize("case", CHUNK_CASES.values(), ids=CHUNK_CASES)
+def test_chunks_of_prompts(case, interpret):
+    store, shape, options = case
+    dtypes = ("bfloat16", "float16")
+    case = make_case(store if store in dtypes else get_codec(store), **shape)
+    run = functools.partial(
+        paged_attention, case.q, case.pages, case.table, layer=LAYER, scale=0.2, **case.where
+    )
+    with interpret_kernels() if interpret else contextlib.nullcontext():
+        got = run(backend="gpu", **options)
+    want = run(backend="reference", **options)
+    assert_close(got, want, TOLERANCE[store if store in dtypes else "coded"])
+
+
 SINK_CASES = {
     "window": ("bfloat16", (1, 1, 1, 1, 1), dict(window=40, sink_tokens=5)),
     "window, drafts": ("bfloat16", (3, 2, 4, 0, 4), dict(window=27, sink_tokens=20)),
@@ -281,6 +312,8 @@ SINK_CASES = {
     "recent pages, drafts": ("bfloat16", (3, 2, 4, 1, 4), dict(lag=PageLag(16, most=1))),
     "codes": ("fp8_e4m3", (2, 1, 4, 1, 3), dict(window=27, sink_tokens=20)),
     "means": ("tq4", (1, 1, 1, 1, 1), dict(window=70, sink_tokens=32)),
+    "a chunk": ("bfloat16", (4, 31, 30, 2, 60), dict(window=27, sink_tokens=20)),
+    "a chunk, recent pages": ("bfloat16", (4, 31, 30, 0, 60), dict(lag=PageLag(16, most=2))),
 }
 
 

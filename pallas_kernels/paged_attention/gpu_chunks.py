@@ -1,0 +1,88 @@
+"""Chunks of a prompt on NVIDIA GPUs: blocks of query tokens, each a sequence to the kernel.
+
+A block has as many rows (query tokens times the heads of a kv head) as fill a tile of the tensor
+cores. What it reads is narrowed to what its own tokens see, so causality, a window and a page lag
+save work block by block, and a block of padding costs nothing.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.paged_attention import gpu_decode
+from pallas_kernels.pages import Pages
+from pallas_kernels.visibility import PageLag, seen_span
+
+
+def block_tokens(group: int, head_dim: int) -> int:
+    """Query tokens of a block."""
+    # Outputs of wide heads would not fit into registers otherwise.
+    rows = gpu_decode.MOST_ROWS if head_dim <= 128 else gpu_decode.MOST_ROWS // 2
+    return max(1, rows // group)
+
+
+def paged_attention(
+    q: jax.Array,
+    pages: Pages,
+    page_table: jax.Array,
+    sink_table: jax.Array | None = None,
+    *,
+    layer: int | jax.Array,
+    q_start: jax.Array,
+    q_lens: jax.Array,
+    kv_start: jax.Array,
+    kv_stop: jax.Array,
+    sink_span: tuple[jax.Array, jax.Array] | None = None,
+    scale: float,
+    window: int | None,
+    sink_tokens: int,
+    lag: PageLag | None,
+    soft_cap: float | None,
+    interpret: bool = False,
+    config: gpu_decode.DecodeConfig | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """See `api.paged_attention`; `config` as in `gpu_decode.paged_attention`."""
+    batch, q_tokens, q_heads, head_dim = q.shape
+    size = min(q_tokens, block_tokens(q_heads // pages.dims["kv_heads"], head_dim))
+    blocks = -(-q_tokens // size)
+    repeat = lambda x: jnp.repeat(x, blocks, axis=0)
+    first = jnp.tile(jnp.arange(blocks, dtype=jnp.int32) * size, batch)
+    start = repeat(q_start) + first
+    lens = jnp.clip(repeat(q_lens) - first, 0, size)
+    ring_sinks = sink_tokens if sink_table is None else 0
+    span = seen_span(
+        start,
+        lens,
+        repeat(kv_start),
+        repeat(kv_stop),
+        window=window,
+        sink_tokens=ring_sinks,
+        lag=lag,
+    )
+    if sink_span is not None:
+        sink_span = seen_span(
+            start, lens, *map(repeat, sink_span), window=window, sink_tokens=sink_tokens
+        )
+    q = jnp.pad(q, ((0, 0), (0, blocks * size - q_tokens), (0, 0), (0, 0)))
+    out, lse = gpu_decode.paged_attention(
+        q.reshape(batch * blocks, size, q_heads, head_dim),
+        pages,
+        repeat(page_table),
+        None if sink_table is None else repeat(sink_table),
+        layer=layer,
+        q_start=start,
+        q_lens=lens,
+        kv_start=span[0],
+        kv_stop=span[1],
+        sink_span=sink_span,
+        scale=scale,
+        window=window,
+        sink_tokens=sink_tokens,
+        lag=lag,
+        soft_cap=soft_cap,
+        chunk=True,
+        interpret=interpret,
+        config=config,
+    )
+    out = out.reshape(batch, blocks * size, q_heads, head_dim)
+    lse = lse.reshape(batch, blocks * size, q_heads)
+    return out[:, :q_tokens], lse[:, :q_tokens]
