@@ -91,7 +91,7 @@ def prefill_chunk(
     *,
     chunk: int,
     backend: Backend | None,
-) -> tuple[KVCache, jax.Array, jax.Array]:
+) -> tuple[KVCache, jax.Array, jax.Array, jax.Array]:
     """Feeds each sequence the next `chunk` tokens of its prompt, or the fewer that are left.
 
     Args:
@@ -104,7 +104,8 @@ def prefill_chunk(
       backend: of the attention.
 
     Returns:
-      The new cache, `last`, and `i32[stores]`, pages in use while the chunk was attended.
+      The new cache, `last`, `i32[stores]`, pages in use while the chunk was attended, and `i32[]`,
+      tokens of all sequences in the cache now.
     """
     count = jnp.clip(prompt_lens - cache.lengths, 0, chunk)
     place = jnp.minimum(cache.positions(chunk), prompts.shape[1] - 1)
@@ -113,7 +114,9 @@ def prefill_chunk(
     ends = (cache.pending > 0) & (cache.lengths + cache.pending == prompt_lens)
     final = jnp.maximum(cache.pending - 1, 0)[:, None, None]
     final = jnp.take_along_axis(hidden, final, axis=1)[:, 0]
-    return cache.commit(count), jnp.where(ends[:, None], final, last), cache.pages_in_use
+    last, used = jnp.where(ends[:, None], final, last), cache.pages_in_use
+    cache = cache.commit(count)
+    return cache, last, used, jnp.sum(cache.lengths)
 
 
 @functools.partial(jax.jit, donate_argnames=("cache",))
@@ -367,21 +370,27 @@ def _prefill(model, cache, padded, lens, chunk, backend, on_prefill):
     """Feeds the prompts chunk by chunk; returns the cache, hidden states and most pages used."""
     prompts, prompt_lens = jnp.asarray(padded), jnp.asarray(lens, jnp.int32)
     last = _no_hidden(model, len(lens))
-    done, peak = 0, 0
-    while done < sum(lens):
-        cache, last, used = prefill_chunk(
+    total, steps = sum(lens), cdiv(max(lens), chunk)
+    done, peak, step, waiting = 0, 0, 0, []
+    while done < total:
+        cache, last, used, fed = prefill_chunk(
             model, cache, last, prompts, prompt_lens, chunk=chunk, backend=backend
         )
-        peak = np.maximum(peak, np.asarray(used))
-        before, done = done, int(np.asarray(cache.lengths).sum())
-        if done == before:
-            held = [s.pages - 1 for group in cache.config.groups for s in group.stores]
-            raise ValueError(
-                f"prompts of {sum(lens)} tokens do not fit pools of {held} pages of "
-                f"{cache.config.page_size} tokens: raise pages or use fewer prompts."
-            )
-        if on_prefill is not None:
-            on_prefill(done, sum(lens))
+        step += 1
+        waiting.append((used, fed))
+        # Read a chunk late, so that the device has the next one while the host looks.
+        while len(waiting) > (1 if step < steps else 0):
+            used, fed = waiting.pop(0)
+            peak = np.maximum(peak, np.asarray(used))
+            before, done = done, int(fed)
+            if done == before:
+                held = [s.pages - 1 for group in cache.config.groups for s in group.stores]
+                raise ValueError(
+                    f"prompts of {total} tokens do not fit pools of {held} pages of "
+                    f"{cache.config.page_size} tokens: raise pages or use fewer prompts."
+                )
+            if on_prefill is not None:
+                on_prefill(done, total)
     return cache, last, peak
 
 

@@ -27,7 +27,7 @@ def attend_stores(
     """Attends `q` to everything its layer has kept; arguments as in `KVCache.attend`.
 
     Returns:
-      `f32` shaped like `q`.
+      Shaped like `q`; typed like it, or float32.
     """
     stop = lengths + pending
 
@@ -49,9 +49,12 @@ def attend_stores(
         )
 
     parts = []
+    single = len(state.stores) == 1 and q_sink is None and sink_logits is None
     for store in state.stores:
         lag, sinks = store.spec.lag, store.tables.sinks
-        options = {} if (lag.least, lag.most) == (0, None) else {"lag": lag}
+        options: dict = {"out_dtype": q.dtype if single else jnp.float32}
+        if (lag.least, lag.most) != (0, None):
+            options["lag"] = lag
         if store.spec.sink_pages and q_sink is None:
             options |= {"sink_table": sinks, "sink_tokens": group.spec.sink_tokens}
         start = store.spec.first_page(lengths) * lag.page_size

@@ -152,11 +152,15 @@ def keep(name: str, rows: list[dict]) -> None:
 
 
 def measure_peers(
-    args: Args, config: models.DecoderConfig, batches: Sequence[int], log: Console
+    args: Args,
+    config: models.DecoderConfig,
+    batches: Sequence[int],
+    log: Console,
+    compiled: Sequence[bool] = (False, True),
 ) -> list[dict]:
     """A row like ours of every peer's case that fits and ends well; logs each when it is ready."""
     rows = []
-    for batch, compiled in itertools.product(batches, (False, True)):
+    for batch, compiles in itertools.product(batches, compiled):
         case = bench_step_peer.Case(
             layers=config.layers,
             hidden_size=config.hidden_size,
@@ -170,7 +174,7 @@ def measure_peers(
             context=args.context,
             steps=args.steps,
             repeats=args.repeats,
-            compiled=compiled,
+            compiled=compiles,
         )
         if case.bytes > (args.memory - 2) * 2**30:
             need = f"{case.bytes / 2**30:.1f} GiB of weights, cache and prompt"

@@ -83,6 +83,8 @@ class Args:
     """So many of the last layers stay exact."""
     page_size: int = 64
     """Tokens a cache page."""
+    chunk: int = 256
+    """Prompt tokens of one step: more are faster on a GPU and take memory."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Of weights and cache; default: float32 on a CPU, bfloat16 elsewhere."""
     backend: Literal["xla", "gpu", "tpu", "reference"] | None = None
@@ -278,6 +280,7 @@ def main(args: Args) -> int:
             keep_first=args.keep_first,
             keep_last=args.keep_last,
             page_size=args.page_size,
+            chunk=args.chunk,
             backend=args.backend,
             on_tokens=show,
             on_prefill=prefilled,

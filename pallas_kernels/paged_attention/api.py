@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from pallas_kernels.backends import Backend, choose_backend
 from pallas_kernels.paged_attention import gpu, reference, xla
@@ -55,6 +56,7 @@ def paged_attention(
     sink_table: jax.Array | None = None,
     soft_cap: float | None = None,
     sink_logits: jax.Array | None = None,
+    out_dtype: DTypeLike = jnp.float32,
     backend: Backend | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Attends a few new tokens (decode, verify) or a chunk of them (prefill) to cached tokens.
@@ -84,10 +86,11 @@ def paged_attention(
         The segment must begin behind them.
       soft_cap: bound on scores (Gemma 2); None for none.
       sink_logits: `f32[q_heads]`, learned, in the denominator only (gpt-oss).
+      out_dtype: of `out`; a part that is to be merged wants float32.
       backend: who computes; None picks by platform.
 
     Returns:
-      `out`, `f32` shaped like `q`, and `lse`, `f32[batch, q_tokens, q_heads]`, natural log. With
+      `out`, shaped like `q`, and `lse`, `f32[batch, q_tokens, q_heads]`, natural log. With
       `sink_logits` it includes them; without, this is a segment's part, ready to merge. Rows
       that see nothing give 0 and `-inf`.
 
@@ -125,6 +128,8 @@ def paged_attention(
     )
     chosen = choose(backend, pages, q_tokens=sizes["q_tokens"], q_heads=sizes["q_heads"])
     serve = {"xla": xla, "reference": reference, "gpu": gpu}[chosen]
+    # The kernel rounds by itself, which spares a launch.
+    options = {"out_dtype": out_dtype} if chosen == "gpu" and sink_logits is None else {}
     out, lse = serve.paged_attention(
         q,
         pages,
@@ -141,5 +146,8 @@ def paged_attention(
         sink_tokens=sink_tokens,
         lag=lag,
         soft_cap=soft_cap,
+        **options,
     )
-    return (out, lse) if sink_logits is None else add_learned_sink(out, lse, sink_logits)
+    if sink_logits is not None:
+        out, lse = add_learned_sink(out, lse, sink_logits)
+    return out.astype(out_dtype), lse

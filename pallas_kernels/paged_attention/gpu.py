@@ -4,12 +4,13 @@
 """
 
 import jax
+import jax.numpy as jnp
 
 from pallas_kernels.backends import interpreted
 from pallas_kernels.paged_attention import gpu_chunks, gpu_decode
 from pallas_kernels.pages import Pages
 
-STATIC = ("scale", "window", "sink_tokens", "lag", "soft_cap", "interpret")
+STATIC = ("scale", "window", "sink_tokens", "lag", "soft_cap", "out_dtype", "interpret")
 
 # Functions of their own: traced and lowered once for all layers of a model that are alike.
 _attend_few = jax.jit(gpu_decode.paged_attention, static_argnames=STATIC)
@@ -44,8 +45,11 @@ def refusal(
     return None
 
 
-def paged_attention(q, pages, page_table, sink_table, **options) -> tuple[jax.Array, jax.Array]:
+def paged_attention(
+    q, pages, page_table, sink_table, *, out_dtype, **options
+) -> tuple[jax.Array, jax.Array]:
     """See `api.paged_attention`."""
+    options |= {"out_dtype": jnp.dtype(out_dtype), "interpret": interpreted()}
     chunk = is_chunk(pages, q_tokens=q.shape[1], q_heads=q.shape[2])
     attend = _attend_chunk if chunk else _attend_few
-    return attend(q, pages, page_table, sink_table, interpret=interpreted(), **options)
+    return attend(q, pages, page_table, sink_table, **options)

@@ -37,6 +37,7 @@ def paged_attention(
     sink_tokens: int,
     lag: PageLag | None,
     soft_cap: float | None,
+    out_dtype: jnp.dtype,
     interpret: bool = False,
     config: gpu_decode.DecodeConfig | None = None,
 ) -> tuple[jax.Array, jax.Array]:
@@ -79,6 +80,7 @@ def paged_attention(
         sink_tokens=sink_tokens,
         lag=lag,
         soft_cap=soft_cap,
+        out_dtype=out_dtype,
         chunk=True,
         interpret=interpret,
         config=config,

@@ -170,6 +170,7 @@ def paged_attention(
     sink_tokens,
     lag,
     soft_cap,
+    out_dtype=jnp.float32,
     chunk: bool = False,
     interpret: bool = False,
     config: DecodeConfig | None = None,
@@ -182,6 +183,7 @@ def paged_attention(
       NotImplementedError: a shape or codec that this kernel does not serve.
     """
     dims = pages.dims
+    coded = isinstance(pages, CodedPages)
     batch, q_tokens, q_heads, head_dim = q.shape
     kv_heads, page_size = dims["kv_heads"], dims["page_size"]
     group = q_heads // kv_heads
@@ -222,11 +224,11 @@ def paged_attention(
         v=v,
         k_factors=factors[0],
         v_factors=factors[1],
-        has_mean=isinstance(pages, CodedPages) and pages.key_mean is not None,
+        has_mean=coded and pages.key_mean is not None,
         page_size=page_size,
         group=group,
         q_tokens=q_tokens,
-        score_scale=1.0 if isinstance(pages, CodedPages) else scale * LOG2E,
+        score_scale=1.0 if coded else scale * LOG2E,
         window=window,
         sink_tokens=sink_tokens,
         sink_pages=sink_pages,
@@ -250,7 +252,7 @@ def paged_attention(
         scalars |= dict(item=work.sequence, item_start=work.start, item_stop=work.stop)
     else:
         items = batch
-    if isinstance(pages, CodedPages):
+    if coded:
         q = pages.layout.codec.key.rotate(q) * (scale * LOG2E)
         q = jnp.clip(q, -FLOAT16_MAX, FLOAT16_MAX).astype(k.dtype)
         if case.has_mean:
@@ -271,9 +273,11 @@ def paged_attention(
         shapes = [(batch, q_tokens, q_heads, head_dim), (batch, q_tokens, q_heads)]
     else:
         shapes = [(items, kv_heads, rows, head_dim), (items, kv_heads, rows)]
+    kernel_dtype = jnp.float32 if coded else out_dtype  # of what the last kernel writes
+    dtypes = (kernel_dtype if case.direct else jnp.float32, jnp.float32)
     out, lse = pl.pallas_call(
         functools.partial(_kernel, names=tuple(refs), case=case, config=config),
-        out_shape=[jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes],
+        out_shape=list(map(jax.ShapeDtypeStruct, shapes, dtypes)),
         grid=(kv_heads, items),
         compiler_params=plgpu.CompilerParams(num_warps=config.warps, num_stages=config.stages),
         interpret=interpret,
@@ -287,12 +291,13 @@ def paged_attention(
             work.item_count,
             q_tokens=q_tokens,
             group=group,
+            out_dtype=kernel_dtype,
             interpret=interpret,
         )
     out = _permute(out, np.argsort(np.concatenate(v.dims)))
-    if isinstance(pages, CodedPages):
+    if coded:
         out = pages.layout.codec.value.unrotate(out)
-    return out, lse
+    return out.astype(out_dtype), lse
 
 
 def check(pages: Pages, *, q_tokens: int, group: int) -> None:
@@ -627,7 +632,7 @@ def _kernel(*args, names, case: Case, config: DecodeConfig):
         if len(case.v_factors) > 1:
             acc = acc + axes.by_row(zero_sum)
         y = jnp.where(axes.by_row(seen), acc * axes.by_row(norm), 0.0)
-        y = y.T if config.transposed else y
+        y = (y.T if config.transposed else y).astype(out_ref.dtype)
         column = int(start) + jnp.arange(size, dtype=jnp.int32)
         rows_at = (x if jnp.ndim(x) == 0 else jnp.broadcast_to(x[:, None], y.shape) for x in at)
         plgpu.store(

@@ -139,7 +139,7 @@ def _combine_kernel(
     count_ref,  # i32[batch]
     part_ref,  # f32[items, kv_heads, rows, head_dim]
     lse_ref,  # f32[items, kv_heads, rows], base 2
-    out_ref,  # f32[batch, q_tokens, q_heads, head_dim]
+    out_ref,  # [batch, q_tokens, q_heads, head_dim]
     out_lse_ref,  # f32[batch, q_tokens, q_heads], natural
     *,
     group: int,
@@ -181,7 +181,8 @@ def _combine_kernel(
     init = (jnp.float32(NOTHING_SEEN), jnp.float32(0), jnp.zeros((columns,), jnp.float32))
     m, l, acc = jax.lax.fori_loop(0, pl.cdiv(count, block), merge, init)
     total = jnp.where(l > 0, l, 1.0)
-    plgpu.store(out_ref.at[b, t, head, column], acc * (1.0 / total), mask=inside)
+    out = (acc * (1.0 / total)).astype(out_ref.dtype)
+    plgpu.store(out_ref.at[b, t, head, column], out, mask=inside)
     out_lse_ref[b, t, head] = jnp.where(l > 0, (m + jnp.log2(total)) * LN2, -jnp.inf)
 
 
@@ -193,6 +194,7 @@ def combine(
     *,
     q_tokens: int,
     group: int,
+    out_dtype=jnp.float32,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Merges each sequence's parts by their log-sum-exp.
@@ -204,10 +206,11 @@ def combine(
       item_count: `i32[batch]`.
       q_tokens: query tokens.
       group: query heads of a kv head.
+      out_dtype: of the result.
       interpret: run on the CPU.
 
     Returns:
-      `f32[batch, q_tokens, q_heads, head_dim]` and `f32[batch, q_tokens, q_heads]`, natural log.
+      `[batch, q_tokens, q_heads, head_dim]` and `f32[batch, q_tokens, q_heads]`, natural log.
     """
     batch, q_heads, head_dim = first_item.shape[0], part.shape[1] * group, part.shape[3]
     few = part.shape[0] <= FEW_PARTS * batch
@@ -219,7 +222,7 @@ def combine(
             block=16 if few else 64,
         ),
         out_shape=[
-            jax.ShapeDtypeStruct((batch, q_tokens, q_heads, head_dim), jnp.float32),
+            jax.ShapeDtypeStruct((batch, q_tokens, q_heads, head_dim), out_dtype),
             jax.ShapeDtypeStruct((batch, q_tokens, q_heads), jnp.float32),
         ],
         grid=(q_heads, q_tokens, batch),

@@ -55,22 +55,25 @@ def refusal(pages: Pages, *, platform: str | None = None) -> str | None:
 def write_pages(pages, k, v, *, layer, page, slot, writes) -> ExactPages:
     """See `api.write_pages`."""
     tokens = writes.size
-    k, v = (x.reshape(tokens, -1) for x in (k, v))
+    # One operand: what computes keys (their rotation) makes a copy of the values beside, where two
+    # operands would take a kernel each.
+    kv = jnp.stack(
+        [x.reshape(tokens, -1).astype(jnp.promote_types(k.dtype, v.dtype)) for x in (k, v)]
+    )
     config = FEW if tokens <= FEW_TOKENS else MANY
-    columns = min(config.columns, pl.next_power_of_2(k.shape[1]))
+    columns = min(config.columns, pl.next_power_of_2(kv.shape[2]))
     inputs = (
         jnp.asarray(layer, jnp.int32).reshape(1),
         jnp.where(writes, page, pages.dims["pages"]).reshape(-1),
         slot.reshape(-1),
-        k,
-        v,
+        kv,
     )
     pools = (pages.k, pages.v)
     new_k, new_v = pl.pallas_call(
         functools.partial(_kernel, tile=(config.tokens, columns)),
         out_shape=[jax.ShapeDtypeStruct(pool.shape, pool.dtype) for pool in pools],
         input_output_aliases={len(inputs) + i: i for i in range(len(pools))},
-        grid=(pl.cdiv(k.shape[1], columns), pl.cdiv(tokens, config.tokens)),
+        grid=(pl.cdiv(kv.shape[2], columns), pl.cdiv(tokens, config.tokens)),
         compiler_params=plgpu.CompilerParams(num_warps=config.warps, num_stages=1),
         interpret=interpreted(),
         name="write_pages",
@@ -82,8 +85,7 @@ def _kernel(
     layer_ref,  # i32[1]
     page_ref,  # i32[tokens]; one past the last page writes nothing
     slot_ref,  # i32[tokens]
-    k_ref,  # [tokens, kv_heads * head_dim]
-    v_ref,  # like k
+    kv_ref,  # [2, tokens, kv_heads * head_dim]
     _old_k_ref,  # the pools' own memory
     _old_v_ref,
     k_pages_ref,  # [layers, pages, kv_heads, page_size, head_dim]
@@ -91,7 +93,7 @@ def _kernel(
     *,
     tile: tuple[int, int],
 ):
-    tokens, width = k_ref.shape
+    _, tokens, width = kv_ref.shape
     pages, head_dim = k_pages_ref.shape[1], k_pages_ref.shape[4]
     token = pl.program_id(1) * tile[0] + jnp.arange(tile[0], dtype=jnp.int32)
     column = pl.program_id(0) * tile[1] + jnp.arange(tile[1], dtype=jnp.int32)
@@ -104,7 +106,7 @@ def _kernel(
     inside = (token < tokens) & (column < width)
     # All loads before the first store: the compiler must not move a load over one.
     layer = layer_ref[0]
-    new = [plgpu.load(x.at[token, column], mask=inside) for x in (k_ref, v_ref)]
+    new = [plgpu.load(kv_ref.at[side, token, column], mask=inside) for side in range(2)]
     for x, pool in zip(new, (k_pages_ref, v_pages_ref), strict=True):
         at = pool.at[layer, page, head, slot, dim]
         plgpu.store(at, x.astype(pool.dtype), mask=inside & (page < pages))

@@ -1,0 +1,179 @@
+"""Prompts of a whole model of random weights: tokens per second, and what the time goes into.
+
+It runs the program that `generate` runs for each chunk, from an empty cache to the whole prompt.
+"""
+
+import dataclasses
+import functools
+import json
+import sys
+import time
+from typing import Annotated
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from flax import nnx
+from rich.console import Console
+
+import jaxkv
+import models
+from jaxkv.codecs import get_codec
+from jaxkv.generation import prefill_chunk
+from models.random_weights import named_shape
+from pallas_kernels.backends import Backend
+from scripts import bench_step, bench_step_peer
+from scripts.bench_step import keep, kind, list_kernels
+from scripts.command import run_command
+from scripts.device_time import device_kernels
+from scripts.plan import make_table
+
+Names = Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="NAME")]
+Numbers = Annotated[tyro.conf.UseAppendAction[tuple[int, ...]], tyro.conf.arg(metavar="N")]
+
+
+@dataclasses.dataclass
+class Args:
+    """Measures how fast a model of random weights reads prompts into its cache.
+
+    Examples:
+      bench_prefill.py --shape llama3-8b --chunk 256 --chunk 1024 --codec exact --codec tq4
+      bench_prefill.py --codec exact --peers --kernels 20
+    """
+
+    shape: str = "llama3-8b"
+    """Whose sizes: 'llama3-8b', 'llama3-1b' or 'tiny'."""
+    batch: Numbers = ()
+    """Sequences side by side; repeat for several. Default: 1."""
+    codec: Names = ()
+    """How the cache keeps keys and values; repeat. Default: exact and tq4."""
+    tokens: int = 8192
+    """Of each prompt."""
+    chunk: Numbers = ()
+    """Prompt tokens of one step; repeat. Default: 256 and 1024."""
+    repeats: int = 3
+    """Times the prompt is read; the median counts."""
+    dtype: str = "bfloat16"
+    """Of weights and exact pages."""
+    backend: Backend | None = None
+    """Of the attention; default: the platform's."""
+    peers: bool = False
+    """Measure transformers, which reads the whole prompt in one step, beside."""
+    peer_seconds: float = 120.0
+    """A peer's case that takes longer is given up."""
+    memory: float = 78.0
+    """GiB of the device: a peer's case that needs more is left out."""
+    kernels: int = 0
+    """Also list the N kinds of kernels that take longest, with launches and time a prompt."""
+    json: bool = False
+    """Last line of standard output: one JSON object."""
+
+
+def read_prompts(args: Args, model, cache_config: jaxkv.CacheConfig, chunk: int, prompts):
+    """Hidden states of the prompts' last tokens, all of them in a fresh cache; not waited for."""
+    cache = jaxkv.KVCache.create(cache_config)
+    last = jnp.zeros((cache_config.batch, model.config.hidden_size), args.dtype)
+    lens = jnp.full(cache_config.batch, args.tokens, jnp.int32)
+    for _ in range(-(-args.tokens // chunk)):
+        cache, last, *_ = prefill_chunk(
+            model, cache, last, prompts, lens, chunk=chunk, backend=args.backend
+        )
+    return last
+
+
+def main(args: Args) -> int:
+    """Measures every batch, codec and chunk, prints a table; returns the exit code."""
+    log = Console(stderr=True, highlight=False)
+    config = named_shape(args.shape)
+    batches, chunks = args.batch or (1,), args.chunk or (256, 1024)
+    codecs = args.codec or ("exact", "tq4")
+    for name in codecs:
+        get_codec(name)
+    for name, value in (("tokens", args.tokens), *(("chunk", c) for c in chunks)):
+        if value < 1:
+            raise ValueError(f"--{name} {value} must be at least 1.")
+    peers: list[dict] = []
+    if args.peers:  # first: JAX gives no memory back
+        bench_step_peer.check_packages()
+        peer = bench_step.Args(
+            context=args.tokens,
+            steps=4,
+            repeats=1,
+            dtype=args.dtype,
+            memory=args.memory,
+            peer_seconds=args.peer_seconds,
+        )
+        peers = bench_step.measure_peers(peer, config, batches, log, compiled=(False,))
+    device = jax.devices()[0].device_kind
+    log.print(f"{device}, jax {jax.__version__}, {args.shape}, {args.dtype}")
+    model = models.random_model(args.shape, scan=False, dtype=args.dtype)
+    matrices = sum(x.size for x in jax.tree.leaves(nnx.state(model)) if x.ndim > 1)
+    matrices -= 2 * config.vocab_size * config.hidden_size  # looked up, and used once a prompt
+    rows = []
+    for batch in batches:
+        draw = jax.random.randint(jax.random.key(1), (batch, args.tokens), 0, config.vocab_size)
+        for codec in codecs:
+            for chunk in chunks:
+                cache_config = jaxkv.CacheConfig(
+                    layers=model.layer_specs(codec=codec),
+                    batch=batch,
+                    max_tokens=args.tokens,
+                    max_new_tokens=min(chunk, args.tokens),
+                ).checked()
+                chunk = cache_config.max_new_tokens
+                once = functools.partial(read_prompts, args, model, cache_config, chunk, draw)
+                began = time.perf_counter()
+                jax.block_until_ready(once())
+                first, seconds = time.perf_counter() - began, []
+                for _ in range(args.repeats):
+                    began = time.perf_counter()
+                    jax.block_until_ready(once())
+                    seconds.append(time.perf_counter() - began)
+                parts: dict[str, float] = dict.fromkeys(("attention", "weights", "rest"), 0.0)
+                kernels = device_kernels([once])
+                for _, name, us in kernels:
+                    parts[kind(name)] += us / 1e3
+                if args.kernels:
+                    title = f"kernels of batch {batch}, {codec}, chunk {chunk}, a prompt"
+                    log.print(make_table(title, list_kernels(kernels, 1, args.kernels)))
+                median = float(np.median(seconds))
+                rows.append(
+                    {
+                        "batch": batch,
+                        "codec": codec,
+                        "chunk": chunk,
+                        "prefill_tokens_per_second": batch * args.tokens / median,
+                        "seconds": median,
+                        "spread": float(np.ptp(seconds)) / median,
+                        **{f"{name}_ms": ms for name, ms in parts.items()},
+                        "weights_tflops": 2 * matrices * batch * args.tokens / median / 1e12,
+                        "first_seconds": first,
+                    }
+                )
+                log.print(f"{rows[-1]}", soft_wrap=True)
+                keep("bench_prefill", rows)
+    shown = sorted(rows + peers, key=lambda row: row["batch"])
+    number = lambda key, form: [format(row[key], form) if key in row else "" for row in shown]
+    columns = {
+        "batch": number("batch", "d"),
+        "codec or peer": [row["codec"] for row in shown],
+        "chunk": number("chunk", "d"),
+        "tokens/s": number("prefill_tokens_per_second", ",.0f"),
+        "seconds": number("seconds", ".3f"),
+        "spread": number("spread", ".1%"),
+        "attention\nms": number("attention_ms", ".0f"),
+        "weights\nms": number("weights_ms", ".0f"),
+        "rest\nms": number("rest_ms", ".0f"),
+        "weights\nTFLOP/s": number("weights_tflops", ".0f"),
+    }
+    title = f"{args.shape}, prompts of {args.tokens} tokens, {device}"
+    Console(file=sys.stdout, highlight=False).print(make_table(title, columns))
+    if args.json:
+        report = {"shape": args.shape, "tokens": args.tokens, "results": rows, "peers": peers}
+        print(json.dumps(report))
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main, Args)
