@@ -84,6 +84,8 @@ PLANES = DecodeConfig(
     one_wave=True,
     least_tokens=64,
 )
+# 128 rows in 8 warps fill an SM's registers: one program each.
+CHUNK = DecodeConfig(warps=8, stages=2, mask_all=False, programs=132, wave=132, enough=132)
 CONFIGS = {
     "exact": DecodeConfig(),
     "exact_64": DecodeConfig(block=128),
@@ -93,8 +95,8 @@ CONFIGS = {
     "uniform": dataclasses.replace(PLANES, early_factors=True),  # values, keys with a codebook
     "planes_64": dataclasses.replace(PLANES, block=128, least_tokens=128),
     "three": dataclasses.replace(PLANES, stages=3),
-    "chunk": DecodeConfig(block=128, warps=8, stages=2, mask_all=False, enough=132),
-    "chunk_codes": DecodeConfig(warps=8, stages=2, mask_all=False, enough=132),
+    "chunk": dataclasses.replace(CHUNK, block=128),
+    "chunk_codes": CHUNK,
 }
 
 
