@@ -407,8 +407,8 @@ class _Axes:
         return _dot(k, q.T) if self.transposed else _dot(q, k.T)
 
     def outputs(self, p, v):
-        """Of probabilities in this orientation and values `[tokens, columns]`."""
-        return _dot(v.T, p) if self.transposed else _dot(p, v)
+        """Of probabilities and values in this orientation."""
+        return _dot(v, p) if self.transposed else _dot(p, v)
 
     def shape(self, rows, n):
         return (n, rows) if self.transposed else (rows, n)
@@ -458,10 +458,8 @@ def _kernel(*args, names, case: Case, config: DecodeConfig):
         for start, size in _columns(case.k)
     ]
     k_refs, v_refs = ([refs[name] for name in side.arrays] for side in (case.k, case.v))
-    k_shifts, v_shifts = (
-        side.load_shifts(refs.get(f"{name}_shifts"))
-        for name, side in (("k", case.k), ("v", case.v))
-    )
+    k_shifts = case.k.load_shifts(refs.get("k_shifts"))
+    v_shifts = case.v.load_shifts(refs.get("v_shifts"), dims_first=axes.transposed)
     offset = FLOAT16_OFFSET if case.v.dtype == "float16" else 0.0
     row_sum = None  # what a key's zero point is multiplied by
     if len(case.k_factors) > 1:
@@ -534,7 +532,8 @@ def _kernel(*args, names, case: Case, config: DecodeConfig):
         where, positions, inside = locate(i, masked)
         if factors is None and config.early_factors:
             factors = load_factors(where)
-        k_words, v_words = case.k.load(k_refs, where), case.v.load(v_refs, where)
+        k_words = case.k.load(k_refs, where)
+        v_words = case.v.load(v_refs, where, dims_first=axes.transposed)
         k_gain = k_gains[0] * case.score_scale
         operands = case.k.operands(k_words, case.asm, k_shifts)
         # Lazily, each dot beside its addition: Triton's registers hang on the order.
@@ -571,9 +570,10 @@ def _kernel(*args, names, case: Case, config: DecodeConfig):
             factor = jnp.minimum(v_factors[0], FLOAT16_MAX / 2.0**offset)
             p = p * axes.by_token(factor)
         p = p.astype(case.v.dtype)
+        values = case.v.operands(v_words, case.asm, v_shifts)
         accs = tuple(
             acc * axes.by_row(shrink) + axes.outputs(p, v_part)
-            for acc, v_part in zip(accs, case.v.operands(v_words, case.asm, v_shifts), strict=True)
+            for acc, v_part in zip(accs, values, strict=True)
         )
         return m_new, l, zero_sum, accs
 

@@ -107,6 +107,11 @@ def split_columns(total: int) -> tuple[tuple[int, int], ...]:
     return tuple(parts)
 
 
+def _along(x, axis: int):
+    """A vector as a matrix whose `axis` it runs along; scalars stay as they are."""
+    return x if jnp.ndim(x) == 0 else x[:, None] if axis == 0 else x[None, :]
+
+
 @dataclasses.dataclass(frozen=True)
 class Where:
     """Where a block's tokens stand: one page and a slice, or a page and a slot a token."""
@@ -119,33 +124,39 @@ class Where:
     place: Any  # the page's slot in the table, like page
     inside: Any = None  # bool[tokens] of those that may be read; None for all
 
-    def load(self, ref, columns) -> jax.Array:
-        """`[tokens, columns]`; zero where not inside. `columns` is `pl.ds` or `i32[columns]`."""
-        if isinstance(columns, pl.Slice) and jnp.ndim(self.page) == 0:
+    def load(self, ref, columns, *, dims_first: bool = False) -> jax.Array:
+        """`[tokens, columns]`, or with `dims_first` the other way round; zero where not inside.
+
+        `columns` is `pl.ds` or `i32[columns]`. What is turned is read turned: 16-bit values then
+        come out of shared memory as the matrix units want them (ldmatrix), while values turned
+        afterwards would be written there again.
+        """
+        if isinstance(columns, pl.Slice) and jnp.ndim(self.page) == 0 and not dims_first:
             at = ref.at[self.layer, self.page, self.head, self.slot, columns]
-            return self._load(at, ref.dtype, (self.tokens, columns.size))
+            return self._load(at, ref.dtype, (self.tokens, columns.size), 0)
         # Slices and vectors of indices do not mix in the interpreter.
-        page, slot = self.page, self.slot
-        if jnp.ndim(page) == 0:
+        slot = self.slot
+        if jnp.ndim(self.page) == 0:
             slot = slot.start + jnp.arange(self.tokens, dtype=jnp.int32)
-        else:
-            page = page[:, None]
         if isinstance(columns, pl.Slice):
             columns = columns.start + jnp.arange(columns.size, dtype=jnp.int32)
         shape = (self.tokens, columns.shape[0])
-        index = (jnp.broadcast_to(x, shape) for x in (page, slot[:, None], columns[None]))
-        page, slot, columns = index
-        return self._load(ref.at[self.layer, page, self.head, slot, columns], ref.dtype, shape)
+        shape, axis = (shape[::-1], 1) if dims_first else (shape, 0)
+        spread = lambda x, axis: jnp.broadcast_to(_along(x, axis), shape)
+        page, slot, columns = spread(self.page, axis), spread(slot, axis), spread(columns, 1 - axis)
+        at = ref.at[self.layer, page, self.head, slot, columns]
+        return self._load(at, ref.dtype, shape, axis)
 
     def load_factor(self, ref, row: int) -> jax.Array:
         """`[tokens]`, words as stored; zero where not inside."""
         at = ref.at[self.layer, self.page, jnp.full((), row, jnp.int32), self.head, self.slot]
-        return self._load(at, ref.dtype, (self.tokens,))
+        return self._load(at, ref.dtype, (self.tokens,), 0)
 
-    def _load(self, at, dtype, shape):
+    def _load(self, at, dtype, shape, axis: int):
+        """`axis` is that of the tokens."""
         if self.inside is None:
             return plgpu.load(at)
-        inside = self.inside if len(shape) == 1 else self.inside[:, None]
+        inside = self.inside if len(shape) == 1 else _along(self.inside, axis)
         # No arithmetic could hide a NaN of the values afterwards: 0 * NaN is NaN.
         return plgpu.load(at, mask=jnp.broadcast_to(inside, shape), other=jnp.zeros((), dtype))
 
@@ -184,13 +195,16 @@ class WholeReader:
         """What each operand's values are still to be multiplied by."""
         return (1.0,) * len(self.dims)
 
-    def load(self, refs, where: Where) -> list[jax.Array]:
-        return [where.load(refs[0], pl.ds(a, n)) for a, n in split_columns(self.head_dim)]
+    def load(self, refs, where: Where, *, dims_first: bool = False) -> list[jax.Array]:
+        """Values of each operand, `[tokens, columns]` or with `dims_first` turned."""
+        columns = [pl.ds(a, n) for a, n in split_columns(self.head_dim)]
+        return [where.load(refs[0], x, dims_first=dims_first) for x in columns]
 
-    def load_shifts(self, ref) -> None:
+    def load_shifts(self, ref, *, dims_first: bool = False) -> None:
         """Nothing: whole values need none."""
 
     def operands(self, loaded, asm: bool, shifts=None) -> list[jax.Array]:
+        """Shaped like what was loaded."""
         return [x.astype(self.dtype) for x in loaded]
 
 
@@ -251,16 +265,20 @@ class PlanesReader:
             for _, bit in self.fields
         )
 
-    def load(self, refs, where: Where) -> list[tuple[jax.Array, ...]]:
-        """Words of each tile; a third bit's words repeat to stand beside the others'."""
+    def load(self, refs, where: Where, *, dims_first: bool = False) -> list[tuple[jax.Array, ...]]:
+        """Words of each tile, `[tokens, columns]` or with `dims_first` turned.
+
+        A third bit's words repeat to stand beside the others'.
+        """
+        load = functools.partial(where.load, dims_first=dims_first)
         loaded = []
         for tile in self.tiles:
             word = tile.start + _rem(jnp.arange(tile.columns, dtype=jnp.int32), tile.words)
             whole = pl.ds(tile.start, tile.columns)
-            words = [where.load(refs[0], whole if tile.step == 1 else word)]
+            words = [load(refs[0], whole if tile.step == 1 else word)]
             if len(refs) > 1:
                 # That of dim d lies in word d % n at bit d // n, n half the words of the others.
-                words.append(where.load(refs[1], _rem(word, self.words // 2)))
+                words.append(load(refs[1], _rem(word, self.words // 2)))
             loaded.append(tuple(words))
         return loaded
 
@@ -282,7 +300,7 @@ class PlanesReader:
         return rows
 
     def operands(self, loaded, asm: bool, shifts=None) -> list[jax.Array]:
-        """Float16 values of each operand; `shifts` as `load_shifts` gives them."""
+        """Float16 values of each operand, shaped like the words; `shifts` are `load_shifts`'."""
         if asm and self.levels.table and self.levels.bits == 4:
             return self._look_up(loaded)
         assert shifts is not None
@@ -328,11 +346,12 @@ class PlanesReader:
             for i, bit in self.fields
         ]
 
-    def load_shifts(self, ref) -> list[list[jax.Array | None]]:
-        """Of each tile's parts: `i32[columns]`, None where nothing is shifted."""
+    def load_shifts(self, ref, *, dims_first: bool = False) -> list[list[jax.Array | None]]:
+        """Of each tile's parts: `i32[1, columns]`, or turned; None where nothing is shifted."""
+        load = lambda i, part, n: _along(ref[i, part, pl.ds(0, n)], 0 if dims_first else 1)
         return [
             [
-                ref[i, part, pl.ds(0, tile.columns)] if self.shifts[i, part].any() else None
+                load(i, part, tile.columns) if self.shifts[i, part].any() else None
                 for part in range(len(self.arrays))
             ]
             for i, tile in enumerate(self.tiles)
@@ -341,7 +360,7 @@ class PlanesReader:
     def _align(self, words, i, shifts):
         """Words of a tile, shifted."""
         return tuple(
-            word if shift is None else word >> shift[None].astype(word.dtype)
+            word if shift is None else word >> shift.astype(word.dtype)
             for word, shift in zip(words, shifts, strict=True)
         )
 
@@ -353,7 +372,7 @@ class PlanesReader:
         shifted = tuple(part for part, shift in enumerate(shifts) if shift is not None)
         if len(words) == 1 and not shifted:
             return words
-        args = (*words, *(jnp.broadcast_to(shifts[p][None], words[0].shape) for p in shifted))
+        args = (*words, *(jnp.broadcast_to(shifts[p], words[0].shape) for p in shifted))
         # Shifts are 32 bits wide: one register each where two 16-bit words share one.
         registers = len(words) + len(shifted) * (1 if self.word_bits == 32 else 2)
         constraints = ",".join(["=r", *["r"] * registers])
