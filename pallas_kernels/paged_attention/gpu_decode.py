@@ -86,15 +86,25 @@ PLANES = DecodeConfig(
 )
 # 128 rows in 8 warps fill an SM's registers: one program each.
 CHUNK = DecodeConfig(warps=8, stages=2, mask_all=False, programs=132, wave=132, enough=132)
+PLANES_64 = dataclasses.replace(PLANES, block=128, least_tokens=128)
+# tq4's kernel gets 168 registers: 12 programs an SM, not 8. A wave too small for the chip is dealt
+# out unevenly: with 1056 programs it took 1.4 times as long.
+TWELVE = dict(programs=1584, wave=1584)
 CONFIGS = {
     "exact": DecodeConfig(),
     "exact_64": DecodeConfig(block=128),
     "byte": DecodeConfig(warps=1, early_factors=True, wave=1056),
     "byte_planes": DecodeConfig(mask_all=False, early_factors=True),
     "planes": PLANES,
+    "planes_64": PLANES_64,
+    "codebook": dataclasses.replace(PLANES, stages=3, **TWELVE),
+    # Keys in bytes, k8v4: fewer registers than tq4 in an offline compile, not timed since.
+    "mixed": dataclasses.replace(PLANES, **TWELVE),
+    "mixed_64": dataclasses.replace(PLANES_64, **TWELVE),
     "uniform": dataclasses.replace(PLANES, early_factors=True),  # values, keys with a codebook
-    "planes_64": dataclasses.replace(PLANES, block=128, least_tokens=128),
+    "uniform_64": dataclasses.replace(PLANES_64, early_factors=True),
     "three": dataclasses.replace(PLANES, stages=3),
+    "many_rows": dataclasses.replace(PLANES, warps=4),
     "chunk": dataclasses.replace(CHUNK, block=128),
     "chunk_codes": CHUNK,
 }
@@ -113,15 +123,19 @@ def choose_config(
             return CONFIGS["byte"]
         few_blocks = window is not None and window < 1024
         return CONFIGS["exact" if rows > 16 or few_blocks else "exact" + small]
-    kind = "planes" + small
+    if isinstance(k, PlanesReader) and isinstance(v, PlanesReader) and k.width == v.width == 8:
+        return CONFIGS["byte_planes"]
+    if rows > 16:
+        return CONFIGS["many_rows"]
     if any(len(side.arrays) > 1 for side in (k, v)):
-        kind = "three"
-    elif isinstance(k, PlanesReader) and isinstance(v, PlanesReader):
-        if k.width == v.width == 8:
-            return CONFIGS["byte_planes"]
-        kind = kind if small or v.levels.coefficients else "uniform"
-    config = CONFIGS[kind]
-    return config if rows <= 16 else dataclasses.replace(config, block=64, warps=4)
+        return CONFIGS["three"]
+    if not isinstance(k, PlanesReader) or not isinstance(v, PlanesReader):
+        return CONFIGS["mixed" + small]
+    if not v.levels.coefficients:
+        return CONFIGS["uniform" + small]
+    if k.head_dim <= 64:
+        return CONFIGS["planes_64"]
+    return CONFIGS["codebook" if k.head_dim <= 128 else "planes"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -570,7 +584,7 @@ def _kernel(*args, names, case: Case, config: DecodeConfig):
             factor = jnp.minimum(v_factors[0], FLOAT16_MAX / 2.0**offset)
             p = p * axes.by_token(factor)
         p = p.astype(case.v.dtype)
-        values = case.v.operands(v_words, case.asm, v_shifts)
+        values = case.v.operands(v_words, case.asm, v_shifts, dims_first=axes.transposed)
         accs = tuple(
             acc * axes.by_row(shrink) + axes.outputs(p, v_part)
             for acc, v_part in zip(accs, values, strict=True)

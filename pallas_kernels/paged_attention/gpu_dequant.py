@@ -202,9 +202,13 @@ class WholeReader:
 
     def load_shifts(self, ref, *, dims_first: bool = False) -> None:
         """Nothing: whole values need none."""
+        del ref, dims_first
 
-    def operands(self, loaded, asm: bool, shifts=None) -> list[jax.Array]:
+    def operands(
+        self, loaded, asm: bool, shifts=None, *, dims_first: bool = False
+    ) -> list[jax.Array]:
         """Shaped like what was loaded."""
+        del asm, shifts, dims_first
         return [x.astype(self.dtype) for x in loaded]
 
 
@@ -233,6 +237,11 @@ class PlanesReader:
     @property
     def tiles(self) -> tuple[Tile, ...]:
         return tuple(Tile(a, n, max(n, LEAST_COLUMNS)) for a, n in split_columns(self.words))
+
+    @property
+    def turns_words(self) -> bool:
+        """Whether words may be read turned: where none repeats to fill a tile's columns."""
+        return all(tile.step == 1 for tile in self.tiles)
 
     @property
     def fields(self) -> tuple[tuple[int, int], ...]:
@@ -270,7 +279,7 @@ class PlanesReader:
 
         A third bit's words repeat to stand beside the others'.
         """
-        load = functools.partial(where.load, dims_first=dims_first)
+        load = functools.partial(where.load, dims_first=dims_first and self.turns_words)
         loaded = []
         for tile in self.tiles:
             word = tile.start + _rem(jnp.arange(tile.columns, dtype=jnp.int32), tile.words)
@@ -299,8 +308,17 @@ class PlanesReader:
                 rows[i, 1, : tile.columns] = high
         return rows
 
-    def operands(self, loaded, asm: bool, shifts=None) -> list[jax.Array]:
-        """Float16 values of each operand, shaped like the words; `shifts` are `load_shifts`'."""
+    def operands(
+        self, loaded, asm: bool, shifts=None, *, dims_first: bool = False
+    ) -> list[jax.Array]:
+        """Float16 values of each operand, `[tokens, columns]` or with `dims_first` turned.
+
+        `loaded` and `shifts` come from `load` and `load_shifts` of the same `dims_first`.
+        """
+        values = self._values(loaded, asm, shifts)
+        return [x.T for x in values] if dims_first and not self.turns_words else values
+
+    def _values(self, loaded, asm: bool, shifts) -> list[jax.Array]:
         if asm and self.levels.table and self.levels.bits == 4:
             return self._look_up(loaded)
         assert shifts is not None
@@ -348,7 +366,8 @@ class PlanesReader:
 
     def load_shifts(self, ref, *, dims_first: bool = False) -> list[list[jax.Array | None]]:
         """Of each tile's parts: `i32[1, columns]`, or turned; None where nothing is shifted."""
-        load = lambda i, part, n: _along(ref[i, part, pl.ds(0, n)], 0 if dims_first else 1)
+        axis = 0 if dims_first and self.turns_words else 1
+        load = lambda i, part, n: _along(ref[i, part, pl.ds(0, n)], axis)
         return [
             [
                 load(i, part, tile.columns) if self.shifts[i, part].any() else None
@@ -366,14 +385,11 @@ class PlanesReader:
 
     def _align_asm(self, words, i, shifts: list[Any]):
         """The same by PTX; 3-bit codes are put into nibbles, even and odd fields apart."""
-        pairs = self.shifts[i].reshape(len(words), -1, 2)
-        if self.word_bits == 16 and np.any(pairs[:, :, 0] != pairs[:, :, 1]):
-            words, shifts = self._align(words, i, shifts), [None] * len(words)
         shifted = tuple(part for part, shift in enumerate(shifts) if shift is not None)
         if len(words) == 1 and not shifted:
             return words
         args = (*words, *(jnp.broadcast_to(shifts[p], words[0].shape) for p in shifted))
-        # Shifts are 32 bits wide: one register each where two 16-bit words share one.
+        # Shifts are 32 bits wide: a register each, also where two 16-bit words share one.
         registers = len(words) + len(shifted) * (1 if self.word_bits == 32 else 2)
         constraints = ",".join(["=r", *["r"] * registers])
         pack = 32 // self.word_bits
@@ -497,11 +513,16 @@ def _align_text(parts: int, shifted: tuple[int, ...], pack: int, odd: int) -> st
 
     What comes over from the neighbouring word of a register is masked later.
     """
-    lines = [".reg .b32 t, h;"]
+    lines = [".reg .b32 t, h, a, b;"]
     for part, name in zip(range(parts), "th", strict=False):
         lines.append(f"mov.b32 {name}, ${1 + part};")
         if part in shifted:
-            lines.append(f"shr.u32 {name}, {name}, ${1 + parts + pack * shifted.index(part)};")
+            first = 1 + parts + pack * shifted.index(part)
+            if pack == 1:
+                lines.append(f"shr.u32 {name}, {name}, ${first};")
+            else:  # each half by its own amount: Triton chooses which words share a register
+                lines += [f"shr.u32 a, {name}, ${first};", f"shr.u32 b, {name}, ${first + 1};"]
+                lines.append(f"lop3.b32 {name}, a, b, 0x0000ffff, 0xe4;")
     if parts == 2:
         lines += _shift("t", 2) if odd else _shift("h", -2)
         lines.append("lop3.b32 t, t, h, 0x33333333, 0xe4;")  # (a & c) | (b & ~c)
