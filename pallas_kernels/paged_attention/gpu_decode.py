@@ -87,8 +87,8 @@ PLANES = DecodeConfig(
 # 128 rows in 8 warps fill an SM's registers: one program each.
 CHUNK = DecodeConfig(warps=8, stages=2, mask_all=False, programs=132, wave=132, enough=132)
 PLANES_64 = dataclasses.replace(PLANES, block=128, least_tokens=128)
-# tq4's kernel gets 168 registers: 12 programs an SM, not 8. A wave too small for the chip is dealt
-# out unevenly: with 1056 programs it took 1.4 times as long.
+# tq4's kernel gets 168 registers at head_dim 128: 12 programs an SM, not 8. A wave too small for
+# the chip is dealt out unevenly: with 1056 programs it took 1.4 times as long.
 TWELVE = dict(programs=1584, wave=1584)
 CONFIGS = {
     "exact": DecodeConfig(),
@@ -100,7 +100,6 @@ CONFIGS = {
     "codebook": dataclasses.replace(PLANES, stages=3, **TWELVE),
     # Keys in bytes, k8v4: fewer registers than tq4 in an offline compile, not timed since.
     "mixed": dataclasses.replace(PLANES, **TWELVE),
-    "mixed_64": dataclasses.replace(PLANES_64, **TWELVE),
     "uniform": dataclasses.replace(PLANES, early_factors=True),  # values, keys with a codebook
     "uniform_64": dataclasses.replace(PLANES_64, early_factors=True),
     "three": dataclasses.replace(PLANES, stages=3),
@@ -129,13 +128,12 @@ def choose_config(
         return CONFIGS["many_rows"]
     if any(len(side.arrays) > 1 for side in (k, v)):
         return CONFIGS["three"]
-    if not isinstance(k, PlanesReader) or not isinstance(v, PlanesReader):
-        return CONFIGS["mixed" + small]
-    if not v.levels.coefficients:
+    mixed = not isinstance(k, PlanesReader) or not isinstance(v, PlanesReader)
+    if not mixed and not v.levels.coefficients:
         return CONFIGS["uniform" + small]
-    if k.head_dim <= 64:
-        return CONFIGS["planes_64"]
-    return CONFIGS["codebook" if k.head_dim <= 128 else "planes"]
+    if k.head_dim != 128:
+        return CONFIGS["planes" + small]
+    return CONFIGS["mixed" if mixed else "codebook"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
