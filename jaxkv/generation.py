@@ -233,7 +233,7 @@ def generate(
     cache_dtype: str | None = None,
     page_size: int = 64,
     pages: int | None = None,
-    chunk: int = 256,
+    chunk: int | None = None,
     block: int = 16,
     backend: Backend | None = None,
     on_tokens: Callable[[list[list[int]]], None] | None = None,
@@ -259,10 +259,10 @@ def generate(
       cache_dtype: float type of exact pages; None for the model's.
       page_size: tokens a page.
       pages: cap on each pool of the cache; None reserves for the worst case.
-      chunk: most prompt tokens of one step.
+      chunk: most prompt tokens of one step; None for 256, on a GPU or TPU up to 1024 where prompts
+        are few: they fill the chip better and take some more pages of windowed layers.
       block: decode steps between two looks of the host (`on_tokens`).
-      backend: of the attention; None picks by platform. "gpu" is for decode steps: prompts run
-        on the platform's default.
+      backend: of the attention; None picks by platform.
       on_tokens: called after each block with every sequence's new tokens.
       on_prefill: called after each chunk with (prompt tokens done, of how many).
 
@@ -271,6 +271,9 @@ def generate(
         the model's trained context or the pages.
     """
     sampling = (sampling or Sampling()).checked()
+    if chunk is None:
+        few = 256 if jax.default_backend() == "cpu" else 1024
+        chunk = max(256, few // max(1, len(prompts)))
     lens = _checked_lengths(prompts, model, max_tokens, seed, window, chunk, block)
     chunk = min(chunk, 1 << (max(lens) - 1).bit_length())
     config = CacheConfig(

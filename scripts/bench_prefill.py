@@ -58,6 +58,8 @@ class Args:
     """Of weights and exact pages."""
     backend: Backend | None = None
     """Of the attention; default: the platform's."""
+    check: bool = True
+    """Compare with the plain JAX path first."""
     peers: bool = False
     """Measure transformers, which reads the whole prompt in one step, beside."""
     peer_seconds: float = 120.0
@@ -70,20 +72,33 @@ class Args:
     """Last line of standard output: one JSON object."""
 
 
-def read_prompts(args: Args, model, cache_config: jaxkv.CacheConfig, chunk: int, prompts):
-    """Hidden states of the prompts' last tokens, all of them in a fresh cache; not waited for."""
-    cache = jaxkv.KVCache.create(cache_config)
-    last = jnp.zeros((cache_config.batch, model.config.hidden_size), args.dtype)
-    lens = jnp.full(cache_config.batch, args.tokens, jnp.int32)
-    for _ in range(-(-args.tokens // chunk)):
+# Relative, of the last tokens' hidden states. Rounding to bfloat16 in every layer comes to a few
+# hundredths; a wrong mask or page to about 1.
+MAX_ERROR = 0.1
+
+
+def read_prompts(model, config: jaxkv.CacheConfig, prompts, *, tokens: int, backend) -> jax.Array:
+    """Hidden states of the prompts' `tokens`-th tokens, read into a fresh cache; not waited for."""
+    cache, chunk = jaxkv.KVCache.create(config), config.max_new_tokens
+    last = jnp.zeros((config.batch, model.config.hidden_size), model.dtype)
+    lens = jnp.full(config.batch, tokens, jnp.int32)
+    for _ in range(-(-tokens // chunk)):
         cache, last, *_ = prefill_chunk(
-            model, cache, last, prompts, lens, chunk=chunk, backend=args.backend
+            model, cache, last, prompts, lens, chunk=chunk, backend=backend
         )
     return last
 
 
+def relative_error(read, backend: Backend | None, tokens: int) -> float:
+    """How far the backend's hidden states are from those of plain JAX."""
+    got, want = (
+        np.asarray(read(tokens=tokens, backend=name), np.float32) for name in (backend, "xla")
+    )
+    return float(np.linalg.norm(got - want) / np.linalg.norm(want))
+
+
 def main(args: Args) -> int:
-    """Measures every batch, codec and chunk, prints a table; returns the exit code."""
+    """Measures every batch, codec and chunk, prints a table; returns 1 where an error is too large."""
     log = Console(stderr=True, highlight=False)
     config = named_shape(args.shape)
     batches, chunks = args.batch or (1,), args.chunk or (256, 1024)
@@ -110,7 +125,7 @@ def main(args: Args) -> int:
     model = models.random_model(args.shape, scan=False, dtype=args.dtype)
     matrices = sum(x.size for x in jax.tree.leaves(nnx.state(model)) if x.ndim > 1)
     matrices -= 2 * config.vocab_size * config.hidden_size  # looked up, and used once a prompt
-    rows = []
+    rows, wrong = [], False
     for batch in batches:
         draw = jax.random.randint(jax.random.key(1), (batch, args.tokens), 0, config.vocab_size)
         for codec in codecs:
@@ -122,7 +137,13 @@ def main(args: Args) -> int:
                     max_new_tokens=min(chunk, args.tokens),
                 ).checked()
                 chunk = cache_config.max_new_tokens
-                once = functools.partial(read_prompts, args, model, cache_config, chunk, draw)
+                read = functools.partial(read_prompts, model, cache_config, draw)
+                once = functools.partial(read, tokens=args.tokens, backend=args.backend)
+                error = None
+                if args.check:  # a chunk, and some more that reads it
+                    some = min(args.tokens, chunk + 100)
+                    error = relative_error(read, args.backend, some)
+                    wrong |= not error <= MAX_ERROR
                 began = time.perf_counter()
                 jax.block_until_ready(once())
                 first, seconds = time.perf_counter() - began, []
@@ -149,6 +170,7 @@ def main(args: Args) -> int:
                         **{f"{name}_ms": ms for name, ms in parts.items()},
                         "weights_tflops": 2 * matrices * batch * args.tokens / median / 1e12,
                         "first_seconds": first,
+                        "error": error,
                     }
                 )
                 log.print(f"{rows[-1]}", soft_wrap=True)
@@ -166,13 +188,16 @@ def main(args: Args) -> int:
         "weights\nms": number("weights_ms", ".0f"),
         "rest\nms": number("rest_ms", ".0f"),
         "weights\nTFLOP/s": number("weights_tflops", ".0f"),
+        "error": ["" if row.get("error") is None else f"{row['error']:.1e}" for row in shown],
     }
     title = f"{args.shape}, prompts of {args.tokens} tokens, {device}"
     Console(file=sys.stdout, highlight=False).print(make_table(title, columns))
     if args.json:
         report = {"shape": args.shape, "tokens": args.tokens, "results": rows, "peers": peers}
         print(json.dumps(report))
-    return 0
+    if wrong:
+        log.print(f"an error is more than {MAX_ERROR}: what is wrong can't be called fast")
+    return int(wrong)
 
 
 if __name__ == "__main__":

@@ -83,8 +83,8 @@ class Args:
     """So many of the last layers stay exact."""
     page_size: int = 64
     """Tokens a cache page."""
-    chunk: int = 256
-    """Prompt tokens of one step: more are faster on a GPU and take memory."""
+    chunk: int | None = None
+    """Prompt tokens of one step; default: 256, on a GPU up to 1024 of few prompts."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Of weights and cache; default: float32 on a CPU, bfloat16 elsewhere."""
     backend: Literal["xla", "gpu", "tpu", "reference"] | None = None

@@ -128,8 +128,8 @@ def choose_config(
         return CONFIGS["many_rows"]
     if any(len(side.arrays) > 1 for side in (k, v)):
         return CONFIGS["three"]
-    mixed = not isinstance(k, PlanesReader) or not isinstance(v, PlanesReader)
-    if not mixed and not v.levels.coefficients:
+    mixed = not isinstance(k, PlanesReader)
+    if not mixed and isinstance(v, PlanesReader) and not v.levels.coefficients:
         return CONFIGS["uniform" + small]
     if k.head_dim != 128:
         return CONFIGS["planes" + small]
