@@ -98,7 +98,7 @@ def relative_error(read, backend: Backend | None, tokens: int) -> float:
 
 
 def main(args: Args) -> int:
-    """Measures every batch, codec and chunk, prints a table; returns 1 where an error is too large."""
+    """Measures every case and prints a table; returns 1 where an error is too large."""
     log = Console(stderr=True, highlight=False)
     config = named_shape(args.shape)
     batches, chunks = args.batch or (1,), args.chunk or (256, 1024)
