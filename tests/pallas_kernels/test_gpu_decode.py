@@ -40,6 +40,18 @@ def interpret(request):
     return request.param == "interpret"
 
 
+@pytest.fixture(autouse=True)
+def on_the_host():
+    """Cases and what they are compared with: a GPU would compile every small step of theirs."""
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        yield
+
+
+def on_the_device():
+    """Where the kernel runs: the GPU, if there is one."""
+    return jax.default_device(jax.local_devices()[0])
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
     q: jax.Array
@@ -70,10 +82,10 @@ class Case:
             interpret=interpret,
             config=config,
         )
-        layer = jnp.int32(LAYER)
-        return jax.jit(lambda *a, **k: run(*a, layer=layer, **k))(
-            self.q, self.pages, self.table, **where
-        )
+        with on_the_device():
+            return jax.jit(lambda *a, **k: run(*a, layer=jnp.int32(LAYER), **k))(
+                self.q, self.pages, self.table, **where
+            )
 
     def dense(self, **options):
         start, count, first, stop = (
@@ -274,6 +286,16 @@ def test_shapes(store, shape, interpret):
     assert_close(case.attend(interpret=interpret, config=config), case.dense(), tolerance)
 
 
+def kernel_and_reference(case, interpret, options, **arrays):
+    """What the op gives by the kernel, and by the reference."""
+    op = functools.partial(paged_attention, layer=LAYER, scale=0.2, **options)
+    arrays = case.where | dict(q=case.q, pages=case.pages) | arrays
+    run = lambda backend: jax.jit(functools.partial(op, backend=backend))(**arrays)
+    with interpret_kernels() if interpret else contextlib.nullcontext(), on_the_device():
+        got = run("gpu")
+    return got, run("reference")
+
+
 # More rows than a program takes, in blocks of 8 or 42 tokens: the last one partly or all padding.
 CHUNK = dict(lengths=(20, 49, 130, 75), q_lens=(20, 17, 0, 1), group=16, kv_heads=1)
 LONG = dict(lengths=(50, 131), q_lens=(50, 45), group=3)
@@ -296,12 +318,7 @@ def test_chunks_of_prompts(case, interpret):
     store, shape, options = case
     dtypes = ("bfloat16", "float16")
     case = make_case(store if store in dtypes else get_codec(store), **shape)
-    run = functools.partial(
-        paged_attention, case.q, case.pages, case.table, layer=LAYER, scale=0.2, **case.where
-    )
-    with interpret_kernels() if interpret else contextlib.nullcontext():
-        got = run(backend="gpu", **options)
-    want = run(backend="reference", **options)
+    got, want = kernel_and_reference(case, interpret, options, page_table=case.table)
     assert_close(got, want, TOLERANCE[store if store in dtypes else "coded"])
 
 
@@ -324,13 +341,11 @@ def test_sink_pages_of_a_table_of_their_own(case, interpret):
     store = store if store == "bfloat16" else get_codec(store)
     case = make_case(store, lengths=(4, 31, 36, 49, 250), q_lens=q_lens)
     sinks, ring = case.table[:, :2], case.table.at[:, :2].set(10**6)
-    where = case.where | {"kv_start": jnp.full(5, 2 * case.page_size, jnp.int32)}
-    run = functools.partial(
-        paged_attention, case.q, case.pages, ring, sink_table=sinks, layer=LAYER, scale=0.2
+    start = jnp.full(5, 2 * case.page_size, jnp.int32)
+    got, want = kernel_and_reference(
+        case, interpret, options, page_table=ring, sink_table=sinks, kv_start=start
     )
-    with interpret_kernels() if interpret else contextlib.nullcontext():
-        got = run(backend="gpu", **where, **options)
-    assert_close(got, run(backend="reference", **where, **options), TOLERANCE["bfloat16"])
+    assert_close(got, want, TOLERANCE["bfloat16"])
 
 
 def own(key, value):
