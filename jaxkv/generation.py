@@ -215,6 +215,16 @@ def _advance(
     return dataclasses.replace(state, cache=cache, token=token, produced=produced, status=status)
 
 
+def default_chunk(prompts: int, pages: int | None, platform: str) -> int:
+    """Prompt tokens of a step: on a GPU or TPU enough for about 1024 of all prompts, else 256.
+
+    A longer chunk needs more pages of windowed layers than a caller's cap (`pages`) may leave.
+    """
+    if platform == "cpu" or pages is not None:
+        return 256
+    return max(256, 1024 // max(1, prompts) // 64 * 64)
+
+
 def generate(
     model: Model,
     prompts: Sequence[Sequence[int]],
@@ -260,7 +270,7 @@ def generate(
       page_size: tokens a page.
       pages: cap on each pool of the cache; None reserves for the worst case.
       chunk: most prompt tokens of one step; None for 256, on a GPU or TPU up to 1024 where prompts
-        are few: they fill the chip better and take some more pages of windowed layers.
+        are few and `pages` is None: they fill the chip better and take more pages of windows.
       block: decode steps between two looks of the host (`on_tokens`).
       backend: of the attention; None picks by platform.
       on_tokens: called after each block with every sequence's new tokens.
@@ -272,8 +282,7 @@ def generate(
     """
     sampling = (sampling or Sampling()).checked()
     if chunk is None:
-        few = 256 if jax.default_backend() == "cpu" else 1024
-        chunk = max(256, few // max(1, len(prompts)))
+        chunk = default_chunk(len(prompts), pages, jax.default_backend())
     lens = _checked_lengths(prompts, model, max_tokens, seed, window, chunk, block)
     chunk = min(chunk, 1 << (max(lens) - 1).bit_length())
     config = CacheConfig(
@@ -373,17 +382,19 @@ def _prefill(model, cache, padded, lens, chunk, backend, on_prefill):
     """Feeds the prompts chunk by chunk; returns the cache, hidden states and most pages used."""
     prompts, prompt_lens = jnp.asarray(padded), jnp.asarray(lens, jnp.int32)
     last = _no_hidden(model, len(lens))
-    total, steps = sum(lens), cdiv(max(lens), chunk)
-    done, peak, step, waiting = 0, 0, 0, []
+    total, unread = sum(lens), []
+    done, peak, step = 0, 0, 0
     while done < total:
         cache, last, used, fed = prefill_chunk(
             model, cache, last, prompts, prompt_lens, chunk=chunk, backend=backend
         )
         step += 1
-        waiting.append((used, fed))
-        # Read a chunk late, so that the device has the next one while the host looks.
-        while len(waiting) > (1 if step < steps else 0):
-            used, fed = waiting.pop(0)
+        unread.append((used, fed))
+        # Read a chunk late, so that the device has the next one while the host looks; but once the
+        # prompts may be done (not if some sequence had to wait for pages), know before going on.
+        late = 1 if step * chunk < max(lens) else 0
+        while len(unread) > late:
+            used, fed = unread.pop(0)
             peak = np.maximum(peak, np.asarray(used))
             before, done = done, int(fed)
             if done == before:

@@ -27,7 +27,7 @@ def attend_stores(
     """Attends `q` to everything its layer has kept; arguments as in `KVCache.attend`.
 
     Returns:
-      Shaped like `q`; typed like it, or float32.
+      Shaped like `q`; of its dtype where there is nothing to merge, else float32.
     """
     stop = lengths + pending
 

@@ -5,6 +5,7 @@ It runs the program that `generate` runs for each chunk, from an empty cache to 
 
 import dataclasses
 import functools
+import itertools
 import json
 import sys
 import time
@@ -31,6 +32,11 @@ from scripts.plan import make_table
 
 Names = Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="NAME")]
 Numbers = Annotated[tyro.conf.UseAppendAction[tuple[int, ...]], tyro.conf.arg(metavar="N")]
+
+
+# Relative, of the last tokens' hidden states. Rounding to bfloat16 in every layer comes to a few
+# hundredths; a wrong mask or page to about 1.
+MAX_ERROR = 0.1
 
 
 @dataclasses.dataclass
@@ -72,11 +78,6 @@ class Args:
     """Last line of standard output: one JSON object."""
 
 
-# Relative, of the last tokens' hidden states. Rounding to bfloat16 in every layer comes to a few
-# hundredths; a wrong mask or page to about 1.
-MAX_ERROR = 0.1
-
-
 def read_prompts(model, config: jaxkv.CacheConfig, prompts, *, tokens: int, backend) -> jax.Array:
     """Hidden states of the prompts' `tokens`-th tokens, read into a fresh cache; not waited for."""
     cache, chunk = jaxkv.KVCache.create(config), config.max_new_tokens
@@ -97,89 +98,54 @@ def relative_error(read, backend: Backend | None, tokens: int) -> float:
     return float(np.linalg.norm(got - want) / np.linalg.norm(want))
 
 
-def main(args: Args) -> int:
-    """Measures every case and prints a table; returns 1 where an error is too large."""
-    log = Console(stderr=True, highlight=False)
-    config = named_shape(args.shape)
-    batches, chunks = args.batch or (1,), args.chunk or (256, 1024)
-    codecs = args.codec or ("exact", "tq4")
-    for name in codecs:
-        get_codec(name)
-    for name, value in (("tokens", args.tokens), *(("chunk", c) for c in chunks)):
-        if value < 1:
-            raise ValueError(f"--{name} {value} must be at least 1.")
-    peers: list[dict] = []
-    if args.peers:  # first: JAX gives no memory back
-        bench_step_peer.check_packages()
-        peer = bench_step.Args(
-            context=args.tokens,
-            steps=4,
-            repeats=1,
-            dtype=args.dtype,
-            memory=args.memory,
-            peer_seconds=args.peer_seconds,
-        )
-        peers = bench_step.measure_peers(peer, config, batches, log, compiled=(False,))
-    device = jax.devices()[0].device_kind
-    log.print(f"{device}, jax {jax.__version__}, {args.shape}, {args.dtype}")
-    model = models.random_model(args.shape, scan=False, dtype=args.dtype)
+def measure(args: Args, model, batch: int, codec: str, chunk: int, log: Console) -> dict:
+    """One row of the table: checks, warms up, times, and looks into the kernels."""
+    config = jaxkv.CacheConfig(
+        layers=model.layer_specs(codec=codec),
+        batch=batch,
+        max_tokens=args.tokens,
+        max_new_tokens=min(chunk, args.tokens),
+    ).checked()
+    shape = (batch, args.tokens)
+    prompts = jax.random.randint(jax.random.key(1), shape, 0, model.config.vocab_size)
+    read = functools.partial(read_prompts, model, config, prompts)
+    row = {"batch": batch, "codec": codec, "chunk": config.max_new_tokens}
+    if args.check:  # a chunk, and some tokens more that read it
+        some = min(args.tokens, config.max_new_tokens + 100)
+        row["error"] = relative_error(read, args.backend, some)
+    seconds = []
+    for _ in range(args.repeats + 1):
+        began = time.perf_counter()
+        jax.block_until_ready(read(tokens=args.tokens, backend=args.backend))
+        seconds.append(time.perf_counter() - began)
+    first, *seconds = seconds
+    parts: dict[str, float] = dict.fromkeys(("attention", "weights", "rest"), 0.0)
+    kernels = device_kernels([functools.partial(read, tokens=args.tokens, backend=args.backend)])
+    for _, name, us in kernels:
+        parts[kind(name)] += us / 1e3
+    if args.kernels:
+        title = f"kernels of batch {batch}, {codec}, chunk {row['chunk']}, a prompt"
+        log.print(make_table(title, list_kernels(kernels, 1, args.kernels)))
     matrices = sum(x.size for x in jax.tree.leaves(nnx.state(model)) if x.ndim > 1)
-    matrices -= 2 * config.vocab_size * config.hidden_size  # looked up, and used once a prompt
-    rows, wrong = [], False
-    for batch in batches:
-        draw = jax.random.randint(jax.random.key(1), (batch, args.tokens), 0, config.vocab_size)
-        for codec in codecs:
-            for chunk in chunks:
-                cache_config = jaxkv.CacheConfig(
-                    layers=model.layer_specs(codec=codec),
-                    batch=batch,
-                    max_tokens=args.tokens,
-                    max_new_tokens=min(chunk, args.tokens),
-                ).checked()
-                chunk = cache_config.max_new_tokens
-                read = functools.partial(read_prompts, model, cache_config, draw)
-                once = functools.partial(read, tokens=args.tokens, backend=args.backend)
-                error = None
-                if args.check:  # a chunk, and some more that reads it
-                    some = min(args.tokens, chunk + 100)
-                    error = relative_error(read, args.backend, some)
-                    wrong |= not error <= MAX_ERROR
-                began = time.perf_counter()
-                jax.block_until_ready(once())
-                first, seconds = time.perf_counter() - began, []
-                for _ in range(args.repeats):
-                    began = time.perf_counter()
-                    jax.block_until_ready(once())
-                    seconds.append(time.perf_counter() - began)
-                parts: dict[str, float] = dict.fromkeys(("attention", "weights", "rest"), 0.0)
-                kernels = device_kernels([once])
-                for _, name, us in kernels:
-                    parts[kind(name)] += us / 1e3
-                if args.kernels:
-                    title = f"kernels of batch {batch}, {codec}, chunk {chunk}, a prompt"
-                    log.print(make_table(title, list_kernels(kernels, 1, args.kernels)))
-                median = float(np.median(seconds))
-                rows.append(
-                    {
-                        "batch": batch,
-                        "codec": codec,
-                        "chunk": chunk,
-                        "prefill_tokens_per_second": batch * args.tokens / median,
-                        "seconds": median,
-                        "spread": float(np.ptp(seconds)) / median,
-                        **{f"{name}_ms": ms for name, ms in parts.items()},
-                        "weights_tflops": 2 * matrices * batch * args.tokens / median / 1e12,
-                        "first_seconds": first,
-                        "error": error,
-                    }
-                )
-                log.print(f"{rows[-1]}", soft_wrap=True)
-                keep("bench_prefill", rows)
-    shown = sorted(rows + peers, key=lambda row: row["batch"])
-    number = lambda key, form: [format(row[key], form) if key in row else "" for row in shown]
+    # Embeddings are looked up, and logits computed once a prompt.
+    matrices -= 2 * model.config.vocab_size * model.config.hidden_size
+    median = float(np.median(seconds))
+    return row | {
+        "prefill_tokens_per_second": batch * args.tokens / median,
+        "seconds": median,
+        "spread": float(np.ptp(seconds)) / median,
+        **{f"{name}_ms": ms for name, ms in parts.items()},
+        "weights_tflops": 2 * matrices * batch * args.tokens / median / 1e12,
+        "first_seconds": first,
+    }
+
+
+def show(rows: list[dict], title: str) -> None:
+    """Prints the table."""
+    number = lambda key, form: [format(row[key], form) if key in row else "" for row in rows]
     columns = {
         "batch": number("batch", "d"),
-        "codec or peer": [row["codec"] for row in shown],
+        "codec or peer": [row["codec"] for row in rows],
         "chunk": number("chunk", "d"),
         "tokens/s": number("prefill_tokens_per_second", ",.0f"),
         "seconds": number("seconds", ".3f"),
@@ -188,16 +154,52 @@ def main(args: Args) -> int:
         "weights\nms": number("weights_ms", ".0f"),
         "rest\nms": number("rest_ms", ".0f"),
         "weights\nTFLOP/s": number("weights_tflops", ".0f"),
-        "error": ["" if row.get("error") is None else f"{row['error']:.1e}" for row in shown],
+        "error": number("error", ".1e"),
     }
-    title = f"{args.shape}, prompts of {args.tokens} tokens, {device}"
     Console(file=sys.stdout, highlight=False).print(make_table(title, columns))
+
+
+def main(args: Args) -> int:
+    """Measures every case and prints a table; returns 1 where an error is too large."""
+    log = Console(stderr=True, highlight=False)
+    config = named_shape(args.shape)
+    batches, chunks = args.batch or (1,), args.chunk or (256, 1024)
+    codecs = args.codec or ("exact", "tq4")
+    for name in codecs:
+        get_codec(name)
+    counts = [("tokens", args.tokens), ("repeats", args.repeats)]
+    for name, value in counts + [("chunk", x) for x in chunks] + [("batch", x) for x in batches]:
+        if value < 1:
+            raise ValueError(f"--{name} {value} must be at least 1.")
+    peers: list[dict] = []
+    if args.peers:  # first: JAX gives no memory back
+        bench_step_peer.check_packages()
+        peer = bench_step.Args(
+            context=args.tokens,
+            steps=1,
+            repeats=args.repeats,
+            dtype=args.dtype,
+            memory=args.memory,
+            peer_seconds=args.peer_seconds,
+        )
+        peers = bench_step.measure_peers(peer, config, batches, log, prompts=True)
+    device = jax.devices()[0].device_kind
+    log.print(f"{device}, jax {jax.__version__}, {args.shape}, {args.dtype}")
+    model = models.random_model(args.shape, scan=False, dtype=args.dtype)
+    rows = []
+    for batch, codec, chunk in itertools.product(batches, codecs, chunks):
+        rows.append(measure(args, model, batch, codec, chunk, log))
+        log.print(f"{rows[-1]}", soft_wrap=True)
+        keep("bench_prefill", rows)
+    by_batch = sorted(rows + peers, key=lambda row: row["batch"])
+    show(by_batch, f"{args.shape}, prompts of {args.tokens} tokens, {device}")
     if args.json:
         report = {"shape": args.shape, "tokens": args.tokens, "results": rows, "peers": peers}
         print(json.dumps(report))
-    if wrong:
+    if args.check and not all(row["error"] <= MAX_ERROR for row in rows):
         log.print(f"an error is more than {MAX_ERROR}: what is wrong can't be called fast")
-    return int(wrong)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":

@@ -156,11 +156,15 @@ def measure_peers(
     config: models.DecoderConfig,
     batches: Sequence[int],
     log: Console,
-    compiled: Sequence[bool] = (False, True),
+    *,
+    prompts: bool = False,
 ) -> list[dict]:
-    """A row like ours of every peer's case that fits and ends well; logs each when it is ready."""
+    """A row like ours of every peer's case that fits and ends well; logs each when it is ready.
+
+    Decode steps, eager and compiled, or with `prompts` reading them, eager.
+    """
     rows = []
-    for batch, compiles in itertools.product(batches, compiled):
+    for batch, compiled in itertools.product(batches, (False,) if prompts else (False, True)):
         case = bench_step_peer.Case(
             layers=config.layers,
             hidden_size=config.hidden_size,
@@ -174,7 +178,8 @@ def measure_peers(
             context=args.context,
             steps=args.steps,
             repeats=args.repeats,
-            compiled=compiles,
+            compiled=compiled,
+            prompts=prompts,
         )
         if case.bytes > (args.memory - 2) * 2**30:
             need = f"{case.bytes / 2**30:.1f} GiB of weights, cache and prompt"

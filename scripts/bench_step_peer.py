@@ -1,4 +1,4 @@
-"""bench_step.py's peer: decode steps of transformers' Llama with a static cache, random weights.
+"""bench_step.py's and bench_prefill.py's peer: transformers' Llama, random weights.
 
 A case runs in a process of its own, without JAX: it finds the whole device free and leaves it so, a
 compiler that hangs can be killed, and no case's programs are made to fit another's shapes, too.
@@ -38,6 +38,7 @@ class Case:
     steps: int  # timed together
     repeats: int  # times that many steps, after as many that warm up
     compiled: bool  # torch.compile(mode="reduce-overhead"), what `generate` does by itself on CUDA
+    prompts: bool = False  # measure reading the prompts, eagerly, in place of decode steps
 
     @property
     def name(self) -> str:
@@ -98,10 +99,11 @@ def run_case(case: Case, *, limit: float) -> dict:
 
 
 def measure(case: Case) -> dict:
-    """Runs `generate` once; a clock that rides in its loop times every `steps` decode steps.
+    """Runs `generate` once, with a static cache; a clock in its loop times `steps` steps together.
 
     The prompt and the first `steps`, in which programs compile and CUDA graphs are recorded, do not
-    count. As in bench_step.py the first counted step sees `context + steps` tokens.
+    count. As in bench_step.py the first counted step sees `context + steps` tokens. With `prompts`
+    it reads them `repeats` times instead, each time whole and into a new cache, after a warm-up.
     """
     import torch  # pyright: ignore[reportMissingImports]
     import transformers  # pyright: ignore[reportMissingImports]
@@ -128,15 +130,28 @@ def measure(case: Case) -> dict:
             config, dtype=getattr(torch, case.dtype), attn_implementation="sdpa"
         ).eval()
         prompts = torch.randint(case.vocab_size, (case.batch, case.context))
+    about = {
+        "batch": case.batch,
+        "codec": case.name,
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
 
     def read_prompts() -> float:
-        """Seconds of one pass over all prompts, into the cache that such a pass makes by itself."""
-        began = time.perf_counter()
+        started = time.perf_counter()
         with torch.inference_mode():
             model(prompts, use_cache=True, logits_to_keep=1).logits[0, 0, 0].item()
-        return time.perf_counter() - began
+        return time.perf_counter() - started
 
-    prefill = statistics.median([read_prompts() for _ in range(4)][1:])
+    if case.prompts:
+        seconds = [read_prompts() for _ in range(case.repeats + 1)][1:]
+        median = statistics.median(seconds)
+        return about | {
+            "prefill_tokens_per_second": case.batch * case.context / median,
+            "seconds": median,
+            "spread": (max(seconds) - min(seconds)) / median,
+        }
     times = []
 
     def clock(tokens, scores):
@@ -162,18 +177,11 @@ def measure(case: Case) -> dict:
     )
     seconds = [(b - a) / case.steps for a, b in zip(times, times[1:], strict=False)]
     step = statistics.median(seconds[1:])
-    return {
-        "batch": case.batch,
-        "codec": case.name,
+    return about | {
         "tokens_per_second": case.batch / step,
         "step_ms": 1e3 * step,
-        "prefill_tokens_per_second": case.batch * case.context / prefill,
-        "seconds": prefill,
         "spread": (max(seconds[1:]) - min(seconds[1:])) / step,
         "warm_up_seconds": times[1] - began,
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
     }
 
 

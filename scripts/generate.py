@@ -84,7 +84,7 @@ class Args:
     page_size: int = 64
     """Tokens a cache page."""
     chunk: int | None = None
-    """Prompt tokens of one step; default: 256, on a GPU up to 1024 of few prompts."""
+    """Prompt tokens of one step; default: 256, on a GPU or TPU up to 1024 of few prompts."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Of weights and cache; default: float32 on a CPU, bfloat16 elsewhere."""
     backend: Literal["xla", "gpu", "tpu", "reference"] | None = None

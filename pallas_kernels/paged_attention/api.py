@@ -128,8 +128,6 @@ def paged_attention(
     )
     chosen = choose(backend, pages, q_tokens=sizes["q_tokens"], q_heads=sizes["q_heads"])
     serve = {"xla": xla, "reference": reference, "gpu": gpu}[chosen]
-    # The kernel rounds by itself, which spares a launch.
-    options = {"out_dtype": out_dtype} if chosen == "gpu" and sink_logits is None else {}
     out, lse = serve.paged_attention(
         q,
         pages,
@@ -146,8 +144,9 @@ def paged_attention(
         sink_tokens=sink_tokens,
         lag=lag,
         soft_cap=soft_cap,
-        **options,
+        out_dtype=out_dtype if sink_logits is None else jnp.float32,
     )
-    if sink_logits is not None:
-        out, lse = add_learned_sink(out, lse, sink_logits)
+    if sink_logits is None:
+        return out, lse
+    out, lse = add_learned_sink(out, lse, sink_logits)
     return out.astype(out_dtype), lse

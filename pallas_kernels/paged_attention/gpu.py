@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.backends import interpreted
 from pallas_kernels.paged_attention import gpu_chunks, gpu_decode
-from pallas_kernels.pages import Pages
+from pallas_kernels.pages import ExactPages, Pages
 
 STATIC = ("scale", "window", "sink_tokens", "lag", "soft_cap", "out_dtype", "interpret")
 
@@ -17,9 +17,13 @@ _attend_few = jax.jit(gpu_decode.paged_attention, static_argnames=STATIC)
 _attend_chunk = jax.jit(gpu_chunks.paged_attention, static_argnames=STATIC)
 
 
+MOST_TOKENS = 8  # query tokens of decode and verify; what is longer is a chunk
+
+
 def is_chunk(pages: Pages, *, q_tokens: int, q_heads: int) -> bool:
-    """Whether there are more query tokens than one program of the kernel takes."""
-    return q_tokens * (q_heads // pages.dims["kv_heads"]) > gpu_decode.MOST_ROWS
+    """Whether query tokens are cut into blocks: they are many, or too many for one program."""
+    rows = q_tokens * (q_heads // pages.dims["kv_heads"])
+    return q_tokens > MOST_TOKENS or rows > gpu_decode.MOST_ROWS
 
 
 def refusal(
@@ -37,6 +41,9 @@ def refusal(
     if platform != "gpu" and not interpreted():
         return f"backend='gpu' needs an NVIDIA GPU, and JAX runs on {platform!r}"
     chunk = is_chunk(pages, q_tokens=q_tokens, q_heads=q_heads)
+    if chunk and isinstance(pages, ExactPages) and pages.k.dtype == jnp.float32:
+        # Tiles of so many rows need more shared memory than there is, and no matrix unit helps.
+        return f"float32 pages, {q_tokens=}: the GPU kernel serves up to {MOST_TOKENS} of them"
     group = q_heads // pages.dims["kv_heads"]
     try:
         gpu_decode.check(pages, q_tokens=1 if chunk else q_tokens, group=group)

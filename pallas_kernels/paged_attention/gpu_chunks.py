@@ -12,6 +12,8 @@ from pallas_kernels.paged_attention import gpu_decode
 from pallas_kernels.pages import Pages
 from pallas_kernels.visibility import PageLag, seen_span
 
+MOST_BLOCKS = 2**16 - 1  # CUDA's bound on a grid's second axis
+
 
 def block_tokens(group: int, head_dim: int) -> int:
     """Query tokens of a block."""
@@ -45,6 +47,11 @@ def paged_attention(
     batch, q_tokens, q_heads, head_dim = q.shape
     size = min(q_tokens, block_tokens(q_heads // pages.dims["kv_heads"], head_dim))
     blocks = -(-q_tokens // size)
+    if batch * blocks > MOST_BLOCKS:
+        raise NotImplementedError(
+            f"{batch=}, {q_tokens=}: {batch * blocks} blocks of {size} query tokens, and the GPU "
+            f"kernel serves up to {MOST_BLOCKS}; take fewer tokens a chunk."
+        )
     repeat = lambda x: jnp.repeat(x, blocks, axis=0)
     first = jnp.tile(jnp.arange(blocks, dtype=jnp.int32) * size, batch)
     start = repeat(q_start) + first

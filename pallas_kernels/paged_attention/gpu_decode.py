@@ -85,7 +85,8 @@ PLANES = DecodeConfig(
     least_tokens=64,
 )
 # 128 rows in 8 warps fill an SM's registers: one program each.
-CHUNK = DecodeConfig(warps=8, stages=2, mask_all=False, programs=132, wave=132, enough=132)
+SMS = 132  # of an H100
+CHUNK = DecodeConfig(warps=8, stages=2, mask_all=False, programs=SMS, wave=SMS, enough=SMS)
 PLANES_64 = dataclasses.replace(PLANES, block=128, least_tokens=128)
 # tq4's kernel gets 168 registers at head_dim 128: 12 programs an SM, not 8. A wave too small for
 # the chip is dealt out unevenly: with 1056 programs it took 1.4 times as long.
@@ -103,9 +104,8 @@ CONFIGS = {
     "uniform": dataclasses.replace(PLANES, early_factors=True),  # values, keys with a codebook
     "uniform_64": dataclasses.replace(PLANES_64, early_factors=True),
     "three": dataclasses.replace(PLANES, stages=3),
-    "many_rows": dataclasses.replace(PLANES, warps=4),
     "chunk": dataclasses.replace(CHUNK, block=128),
-    "chunk_codes": CHUNK,
+    "chunk_64": CHUNK,  # codes, and wide heads
 }
 
 
@@ -114,8 +114,8 @@ def choose_config(
 ) -> DecodeConfig:
     """Tile sizes for a pair of readers and `rows` query rows a kv head."""
     if chunk:
-        wide = k.arrays != ("k",) or k.head_dim > 128
-        return CONFIGS["chunk_codes" if wide else "chunk"]
+        wide = k.arrays == ("k",) and k.head_dim <= 128
+        return CONFIGS["chunk" if wide else "chunk_64"]
     small = "_64" if k.head_dim <= 64 else ""
     if not isinstance(k, PlanesReader) and not isinstance(v, PlanesReader):
         if k.arrays != ("k",):
@@ -124,16 +124,22 @@ def choose_config(
         return CONFIGS["exact" if rows > 16 or few_blocks else "exact" + small]
     if isinstance(k, PlanesReader) and isinstance(v, PlanesReader) and k.width == v.width == 8:
         return CONFIGS["byte_planes"]
-    if rows > 16:
-        return CONFIGS["many_rows"]
+    config = CONFIGS[_planes_kind(k, v)]
+    if rows <= 16:
+        return config
+    return dataclasses.replace(config, block=64, warps=4, programs=1056, wave=1056)
+
+
+def _planes_kind(k: Reader, v: Reader) -> str:
+    small = "_64" if k.head_dim <= 64 else ""
     if any(len(side.arrays) > 1 for side in (k, v)):
-        return CONFIGS["three"]
+        return "three"
     mixed = not isinstance(k, PlanesReader)
     if not mixed and isinstance(v, PlanesReader) and not v.levels.coefficients:
-        return CONFIGS["uniform" + small]
+        return "uniform" + small
     if k.head_dim != 128:
-        return CONFIGS["planes" + small]
-    return CONFIGS["mixed" if mixed else "codebook"]
+        return "planes" + small
+    return "mixed" if mixed else "codebook"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -184,7 +190,7 @@ def paged_attention(
     sink_tokens,
     lag,
     soft_cap,
-    out_dtype=jnp.float32,
+    out_dtype,
     chunk: bool = False,
     interpret: bool = False,
     config: DecodeConfig | None = None,
@@ -342,6 +348,8 @@ def _check(head_dim, page_size, group, q_tokens, arrays):
         raise NotImplementedError(f"{head_dim=}: the GPU kernel serves {HEAD_DIMS}.")
     if page_size not in PAGE_SIZES:
         raise NotImplementedError(f"{page_size=}: the GPU kernel serves {PAGE_SIZES}.")
+    if group > MOST_ROWS:
+        raise NotImplementedError(f"{group=}: the GPU kernel serves up to {MOST_ROWS} query heads.")
     if group * q_tokens > MOST_ROWS:
         raise NotImplementedError(f"{group=}, {q_tokens=}: their product exceeds {MOST_ROWS}.")
     for name, array in arrays.items():

@@ -133,7 +133,7 @@ class Where:
         """
         if isinstance(columns, pl.Slice) and jnp.ndim(self.page) == 0 and not dims_first:
             at = ref.at[self.layer, self.page, self.head, self.slot, columns]
-            return self._load(at, ref.dtype, (self.tokens, columns.size), 0)
+            return self._load(at, ref.dtype, (self.tokens, columns.size))
         # Slices and vectors of indices do not mix in the interpreter.
         slot = self.slot
         if jnp.ndim(self.page) == 0:
@@ -142,7 +142,7 @@ class Where:
             columns = columns.start + jnp.arange(columns.size, dtype=jnp.int32)
         shape = (self.tokens, columns.shape[0])
         shape, axis = (shape[::-1], 1) if dims_first else (shape, 0)
-        spread = lambda x, axis: jnp.broadcast_to(_along(x, axis), shape)
+        spread = lambda x, runs: jnp.broadcast_to(_along(x, runs), shape)
         page, slot, columns = spread(self.page, axis), spread(slot, axis), spread(columns, 1 - axis)
         at = ref.at[self.layer, page, self.head, slot, columns]
         return self._load(at, ref.dtype, shape, axis)
@@ -150,9 +150,9 @@ class Where:
     def load_factor(self, ref, row: int) -> jax.Array:
         """`[tokens]`, words as stored; zero where not inside."""
         at = ref.at[self.layer, self.page, jnp.full((), row, jnp.int32), self.head, self.slot]
-        return self._load(at, ref.dtype, (self.tokens,), 0)
+        return self._load(at, ref.dtype, (self.tokens,))
 
-    def _load(self, at, dtype, shape, axis: int):
+    def _load(self, at, dtype, shape, axis: int = 0):
         """`axis` is that of the tokens."""
         if self.inside is None:
             return plgpu.load(at)
@@ -316,6 +316,7 @@ class PlanesReader:
         `loaded` and `shifts` come from `load` and `load_shifts` of the same `dims_first`.
         """
         values = self._values(loaded, asm, shifts)
+        # Words that repeat were loaded as they lie.
         return [x.T for x in values] if dims_first and not self.turns_words else values
 
     def _values(self, loaded, asm: bool, shifts) -> list[jax.Array]:

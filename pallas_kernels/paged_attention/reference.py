@@ -25,6 +25,7 @@ def paged_attention(
     sink_tokens,
     lag,
     soft_cap,
+    out_dtype,
 ) -> tuple[jax.Array, jax.Array]:
     """See `api.paged_attention`."""
     row = jnp.arange(q.shape[1], dtype=jnp.int32)[None]
@@ -45,12 +46,11 @@ def paged_attention(
             soft_cap=soft_cap,
         )
 
-    part = segment(page_table, kv_start, kv_stop, lag)
-    if sink_table is None:
-        return part
-    start, stop = sink_span
-    out, lse = segment(sink_table, start, stop, None)
-    return merge(*part, out, lse)
+    out, lse = segment(page_table, kv_start, kv_stop, lag)
+    if sink_table is not None:
+        start, stop = sink_span
+        out, lse = merge(out, lse, *segment(sink_table, start, stop, None))
+    return out.astype(out_dtype), lse
 
 
 def _read(pages: Pages, layer, table, start, stop) -> tuple[jax.Array, jax.Array, jax.Array]:

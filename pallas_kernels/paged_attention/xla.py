@@ -38,6 +38,7 @@ def paged_attention(
     sink_tokens,
     lag,
     soft_cap,
+    out_dtype,
 ) -> tuple[jax.Array, jax.Array]:
     """See `api.paged_attention`."""
     batch, q_tokens, q_heads, head_dim = q.shape
@@ -128,7 +129,7 @@ def paged_attention(
     out = out if codec is None else codec.value.unrotate(out)
     out = out.reshape(*per_row, head_dim).transpose(0, 3, 1, 2, 4)
     lse = lse.reshape(per_row).transpose(0, 3, 1, 2)
-    return out.reshape(q.shape), lse.reshape(q.shape[:3])
+    return out.reshape(q.shape).astype(out_dtype), lse.reshape(q.shape[:3])
 
 
 class Vectors(NamedTuple):

@@ -49,6 +49,8 @@ def refusal(pages: Pages, *, platform: str | None = None) -> str | None:
     for pool in (pages.k, pages.v):
         if pool.dtype not in DTYPES:
             return f"{pool.dtype} pages: the GPU kernel writes {DTYPES}"
+    if pages.k.dtype != pages.v.dtype:
+        return f"{pages.k.dtype} keys, {pages.v.dtype} values: the GPU kernel writes one dtype"
     return None
 
 
@@ -57,9 +59,7 @@ def write_pages(pages, k, v, *, layer, page, slot, writes) -> ExactPages:
     tokens = writes.size
     # One operand: what computes keys (their rotation) makes a copy of the values beside, where two
     # operands would take a kernel each.
-    kv = jnp.stack(
-        [x.reshape(tokens, -1).astype(jnp.promote_types(k.dtype, v.dtype)) for x in (k, v)]
-    )
+    kv = jnp.stack([x.reshape(tokens, -1).astype(pages.k.dtype) for x in (k, v)])
     config = FEW if tokens <= FEW_TOKENS else MANY
     columns = min(config.columns, pl.next_power_of_2(kv.shape[2]))
     inputs = (

@@ -12,7 +12,7 @@ import pytest
 
 import jaxkv
 import models
-from jaxkv.generation import decode_block, start
+from jaxkv.generation import decode_block, default_chunk, start
 
 ORACLES = Path(__file__).parents[1] / "oracles"
 PROMPTS = [[5, 9, 200, 3], [17], list(range(20, 61))]
@@ -187,6 +187,12 @@ def test_a_long_stream_runs_in_constant_pages(model, sink_positions):
     assert long.bytes_peak == short.bytes_peak
     assert long.bytes_reserved == short.bytes_reserved
     assert long.tokens[0][:1000] == short.tokens[0]
+
+
+def test_few_prompts_take_longer_chunks_on_accelerators():
+    chunks = [default_chunk(n, None, "gpu") for n in (1, 2, 3, 4, 64)]
+    assert chunks == [1024, 512, 320, 256, 256]
+    assert default_chunk(1, 99, "gpu") == default_chunk(1, None, "cpu") == 256
 
 
 def test_the_peak_counts_the_pages_of_a_prefill_chunk(model):

@@ -79,6 +79,7 @@ class Case:
             sink_tokens=sink_tokens,
             lag=lag if self.q.shape[1] > 1 else None,
             soft_cap=soft_cap,
+            out_dtype=jnp.float32,
             interpret=interpret,
             config=config,
         )
@@ -322,6 +323,25 @@ def test_chunks_of_prompts(case, interpret):
     assert_close(got, want, TOLERANCE[store if store in dtypes else "coded"])
 
 
+def test_one_token_blocks(interpret):
+    """More query heads of a kv head than half a block has rows; the last two tokens are padding."""
+    case = make_case(lengths=(3, 20), q_lens=(3, 1), group=70, kv_heads=1)
+    got, want = kernel_and_reference(case, interpret, dict(window=9), page_table=case.table)
+    assert_close(got, want, TOLERANCE["bfloat16"])
+
+
+@pytest.mark.parametrize("tokens", [1, 9], ids=["few", "chunk"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_learned_sinks_and_the_type_of_the_output(dtype, tokens, interpret):
+    case = make_case(lengths=(20, 49), q_lens=(tokens, 1))
+    sinks = jnp.arange(case.q.shape[2]) / 3 - 1
+    options = dict(sink_logits=sinks, out_dtype=jnp.dtype(dtype))
+    got, want = kernel_and_reference(case, interpret, options, page_table=case.table)
+    assert got[0].dtype == want[0].dtype == dtype
+    as_float32 = lambda pair: (pair[0].astype(jnp.float32), pair[1])
+    assert_close(as_float32(got), as_float32(want), TOLERANCE["bfloat16"])
+
+
 SINK_CASES = {
     "window": ("bfloat16", (1, 1, 1, 1, 1), dict(window=40, sink_tokens=5)),
     "window, drafts": ("bfloat16", (3, 2, 4, 0, 4), dict(window=27, sink_tokens=20)),
@@ -454,8 +474,16 @@ def test_items_cover_every_page_once_and_are_even():
 def test_what_is_not_served_is_named():
     with pytest.raises(NotImplementedError, match="^head_dim=32: the GPU kernel serves"):
         make_case(head_dim=32).attend(interpret=True)
+    with pytest.raises(NotImplementedError, match="^group=129: the GPU kernel serves up to 128"):
+        make_case(group=129, lengths=(1,), kv_heads=1).attend(interpret=True)
     with pytest.raises(NotImplementedError, match="^group=33, q_tokens=4: their product"):
         make_case(group=33, q_lens=(4, 1, 1, 1), lengths=(4, 1, 1, 1)).attend(interpret=True)
+    long = make_case("float32", lengths=(9,), q_lens=(9,))
+    with (
+        pytest.raises(NotImplementedError, match="float32 pages, q_tokens=9: the GPU kernel"),
+        interpret_kernels(),
+    ):
+        kernel_and_reference(long, True, {}, page_table=long.table)
     with pytest.raises(NotImplementedError, match="^word_bits=8: the GPU kernel reads words"):
         make_case(get_codec("tq4"), word_bits=8).attend(interpret=True)
     spec = LayerSpec(kv_heads=2, head_dim=64, codec="fp8_e4m3")

@@ -4,6 +4,7 @@ On a CPU the kernel is interpreted; with a GPU the same cases run compiled (pyte
 """
 
 import contextlib
+import dataclasses
 import functools
 import re
 
@@ -76,6 +77,15 @@ def test_pages_are_those_of_xla(case, many, kernels, monkeypatch):
     assert_same_bits(got, want)
 
 
+def test_keys_and_values_of_unlike_types(kernels):
+    pools, k, v, where = make_case(3, 2, 64)
+    want, got = (
+        write_pages(pools, k, v.astype(jnp.float16), layer=1, **where, backend=backend)
+        for backend in ("xla", "gpu")
+    )
+    assert_same_bits(got, want)
+
+
 def step(pools, k, v, where, backend):
     """Every layer's write in a scan; the pools are donated."""
 
@@ -126,6 +136,9 @@ def test_what_the_kernel_does_not_serve_is_named():
         choose("gpu", pools, platform="cpu")
     with pytest.raises(NotImplementedError, match="has no 'reference' backend"):
         write_pages(pools, k, v, layer=0, **where, backend="reference")
+    unlike = dataclasses.replace(pools, v=pools.v.astype(jnp.float16))
+    with pytest.raises(NotImplementedError, match="bfloat16 keys, float16 values"):
+        choose("gpu", unlike, platform="gpu")
     odd = jax.tree.map(lambda x: x.astype(jnp.float8_e4m3fn), pools)
     with pytest.raises(NotImplementedError, match="^write_pages: float8_e4m3fn pages: the GPU"):
         choose("gpu", odd, platform="gpu")
