@@ -78,6 +78,35 @@ class Args:
     """Last line of standard output: one JSON object."""
 
 
+@functools.partial(jax.jit, donate_argnums=0, static_argnums=2)
+def _fill_pool(pool: jax.Array, seed: int, mask: int) -> jax.Array:
+    """Random words of the bits of `mask`, or small numbers."""
+
+    def fill_layer(i, pool):  # in place: a second pool may not fit
+        key = jax.random.fold_in(jax.random.key(seed), i)
+        if jnp.issubdtype(pool.dtype, jnp.integer):
+            bits = jnp.dtype(f"uint{8 * pool.dtype.itemsize}")
+            x = jax.random.bits(key, pool.shape[1:], bits) & bits.type(mask & jnp.iinfo(bits).max)
+            x = jax.lax.bitcast_convert_type(x, pool.dtype)
+        else:
+            x = 0.1 * jax.random.normal(key, pool.shape[1:], jnp.bfloat16)
+        return jax.lax.dynamic_update_index_in_dim(pool, x.astype(pool.dtype), i, 0)
+
+    return jax.lax.fori_loop(0, pool.shape[0], fill_layer, pool)
+
+
+def fill_pages(pages):
+    """The pools, donated, with random codes, factors and values."""
+    seeds = itertools.count()
+
+    def fill_one(path, pool):
+        # Words of two float16 factors hold small ones; bytes of float8 are finite.
+        factors = "factors" in jax.tree_util.keystr(path)
+        return _fill_pool(pool, next(seeds), 0x33333333 if factors else 0x77777777)
+
+    return jax.tree.map_with_path(fill_one, pages)
+
+
 def fill(cache: jaxkv.KVCache, context: int) -> jaxkv.KVCache:
     """A cache whose sequences hold `context` tokens of random content."""
     step = cache.config.max_new_tokens
@@ -87,33 +116,9 @@ def fill(cache: jaxkv.KVCache, context: int) -> jaxkv.KVCache:
         left = jnp.minimum(context - cache.lengths, step)
         return cache.prepare(left).commit(left)
 
-    @functools.partial(jax.jit, donate_argnums=0, static_argnums=2)
-    def randomize(pool, seed, mask):
-        def layer(i, pool):  # in place: a second pool may not fit
-            key = jax.random.fold_in(jax.random.key(seed), i)
-            if jnp.issubdtype(pool.dtype, jnp.integer):
-                bits = jnp.dtype(f"uint{8 * pool.dtype.itemsize}")
-                x = jax.random.bits(key, pool.shape[1:], bits)
-                x = x & bits.type(mask & jnp.iinfo(bits).max)
-                x = jax.lax.bitcast_convert_type(x, pool.dtype)
-            else:
-                x = 0.1 * jax.random.normal(key, pool.shape[1:], jnp.bfloat16)
-            return jax.lax.dynamic_update_index_in_dim(pool, x.astype(pool.dtype), i, 0)
-
-        return jax.lax.fori_loop(0, pool.shape[0], layer, pool)
-
     for _ in range(-(-context // step)):
         cache = reserve(cache)
-    seeds = itertools.count()
-
-    def random(path, pool):
-        # Words of two float16 factors hold small ones; bytes of float8 are finite.
-        factors = "factors" in jax.tree_util.keystr(path)
-        return randomize(pool, next(seeds), 0x33333333 if factors else 0x77777777)
-
-    fresh = lambda store: dataclasses.replace(
-        store, pages=jax.tree.map_with_path(random, store.pages)
-    )
+    fresh = lambda store: dataclasses.replace(store, pages=fill_pages(store.pages))
     groups = tuple(state.map(fresh) for state in cache.groups)
     return dataclasses.replace(cache, groups=groups)
 

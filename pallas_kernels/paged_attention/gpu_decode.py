@@ -320,6 +320,12 @@ def paged_attention(
     return out.astype(out_dtype), lse
 
 
+def default_config(pages: Pages, *, rows: int, window: int | None = None) -> DecodeConfig:
+    """Tile sizes that `paged_attention` takes by itself for `rows` query rows a kv head."""
+    k, v, _, _ = _readers(pages, pages.dims["head_dim"])
+    return choose_config(k, v, rows, window)
+
+
 def check(pages: Pages, *, q_tokens: int, group: int) -> None:
     """Raises NotImplementedError, with name and value, for what this kernel does not serve."""
     dims = pages.dims
