@@ -134,12 +134,11 @@ def _planes_kind(k: Reader, v: Reader) -> str:
     small = "_64" if k.head_dim <= 64 else ""
     if any(len(side.arrays) > 1 for side in (k, v)):
         return "three"
-    mixed = not isinstance(k, PlanesReader)
-    if not mixed and isinstance(v, PlanesReader) and not v.levels.coefficients:
+    if not isinstance(k, PlanesReader) or not isinstance(v, PlanesReader):
+        return "mixed" if k.head_dim == 128 else "planes" + small
+    if not v.levels.coefficients:
         return "uniform" + small
-    if k.head_dim != 128:
-        return "planes" + small
-    return "mixed" if mixed else "codebook"
+    return "codebook" if k.head_dim == 128 else "planes" + small
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
