@@ -40,6 +40,7 @@ VALUES: dict[str, tuple] = {
     "warps": (1, 2, 4, 8),
     "early_factors": (False, True),
     "prefetch": (False, True),
+    "lookups": ("kv", "k", "v", ""),
     "mask_all": (False, True),
     "transposed": (False, True),
 }
@@ -196,7 +197,7 @@ def difference(config: DecodeConfig, base: DecodeConfig) -> str:
     """The fields that differ."""
     names = [field.name for field in dataclasses.fields(config)]
     changed = [name for name in names if getattr(config, name) != getattr(base, name)]
-    return ", ".join(f"{name}={getattr(config, name)}" for name in changed) or "default"
+    return ", ".join(f"{name}={getattr(config, name)!r}" for name in changed) or "default"
 
 
 def main(args: Args) -> int:

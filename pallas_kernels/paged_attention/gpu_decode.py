@@ -64,6 +64,7 @@ class DecodeConfig:
     # Factors before the words, not after the scores, when fewer registers are in use.
     early_factors: bool = False
     prefetch: bool = False  # factors of the next block while this one is attended
+    lookups: str = "kv"  # sides whose levels are looked up where there is a table, else computed
     programs: int = 1056  # to aim for where there are enough tokens
     one_wave: bool = False  # whether a second wave of programs costs more than unequal items
     wave: int = 264  # programs that run at once
@@ -208,6 +209,8 @@ def paged_attention(
     group = q_heads // kv_heads
     k, v, arrays, factors = _readers(pages, head_dim)
     config = config or choose_config(k, v, group * q_tokens, window, chunk=chunk)
+    k = k if "k" in config.lookups else k.computed()
+    v = v if "v" in config.lookups else v.computed()
     _check(head_dim, page_size, group, q_tokens, arrays)
 
     span = span_pages(

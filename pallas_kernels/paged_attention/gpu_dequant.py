@@ -200,6 +200,10 @@ class WholeReader:
         columns = [pl.ds(a, n) for a, n in split_columns(self.head_dim)]
         return [where.load(refs[0], x, dims_first=dims_first) for x in columns]
 
+    def computed(self) -> "WholeReader":
+        """The same: there are no levels."""
+        return self
+
     def load_shifts(self, ref, *, dims_first: bool = False) -> None:
         """Nothing: whole values need none."""
         del ref, dims_first
@@ -237,6 +241,10 @@ class PlanesReader:
     @property
     def tiles(self) -> tuple[Tile, ...]:
         return tuple(Tile(a, n, max(n, LEAST_COLUMNS)) for a, n in split_columns(self.words))
+
+    def computed(self) -> "PlanesReader":
+        """The same without a table: levels come from their polynomial."""
+        return dataclasses.replace(self, levels=dataclasses.replace(self.levels, table=()))
 
     @property
     def turns_words(self) -> bool:

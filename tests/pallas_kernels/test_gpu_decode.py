@@ -251,6 +251,13 @@ def test_many_rows(interpret):
         assert_close(case.attend(interpret=interpret), case.dense(), TOLERANCE[tolerance])
 
 
+@pytest.mark.parametrize("lookups", ["k", ""])
+def test_levels_are_looked_up_or_computed(lookups, interpret):
+    case = make_case(get_codec("tq3"), lengths=(1, 70), page_size=32)
+    config = dataclasses.replace(TRANSPOSED, lookups=lookups)
+    assert_close(case.attend(interpret=interpret, config=config), case.dense(), TOLERANCE["coded"])
+
+
 def test_prefetched_factors(interpret):
     case = make_case(get_codec("4bit_nc"), lengths=(1, 200), page_size=32)
     got = case.attend(interpret=interpret, config=PREFETCH)
@@ -566,6 +573,23 @@ def run_asm(order, text, args, constraints, pack, dtype=jnp.float16):
     return jnp.asarray(found.reshape(args[0].shape))
 
 
+def unpacked(reader, packed, dims_first) -> np.ndarray:
+    """`[tokens, head_dim]` from words as the kernel loads them, by the reader's PTX."""
+    turn = (lambda x: jnp.asarray(x.T)) if dims_first and reader.turns_words else jnp.asarray
+    loaded, shifts = [], []
+    for i, tile in enumerate(reader.tiles):
+        word = tile.start + np.arange(tile.columns) % tile.words
+        columns = [packed[0][:, word]] + [x[:, word % (reader.words // 2)] for x in packed[1:]]
+        loaded.append(tuple(map(turn, columns)))
+        amounts = [x[None, : tile.columns] for x in reader.shifts[i]]
+        shifts.append([turn(x) if x.any() else None for x in amounts])
+    values = np.zeros((len(packed[0]), reader.head_dim))
+    operands = reader.operands(loaded, True, shifts, dims_first=dims_first)
+    for dims, gain, x in zip(reader.dims, reader.gains(True), operands, strict=True):
+        values[:, dims] = gain * np.asarray(x.T if dims_first else x, np.float64)
+    return values
+
+
 @pytest.mark.parametrize("dims_first", [False, True], ids=["rows", "turned"])
 @pytest.mark.parametrize("word_bits", [16, 32])
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 192])
@@ -587,14 +611,6 @@ def test_ptx_unpacks_what_was_packed(codec, head_dim, word_bits, dims_first, mon
     packed = [np.asarray(x) for x in pack_planes(jnp.asarray(codes), codec.bits, word_bits)]
     names = [f"k_{x}" for x in ("codes", "high")[: len(packed)]]
     reader = gpu_dequant.coded_reader("k", codec, head_dim, dict(zip(names, packed, strict=True)))
-    turn = (lambda x: jnp.asarray(x.T)) if dims_first and reader.turns_words else jnp.asarray
-    loaded, shifts = [], []
-    for i, tile in enumerate(reader.tiles):
-        word = tile.start + np.arange(tile.columns) % tile.words
-        columns = [packed[0][:, word]] + [x[:, word % (reader.words // 2)] for x in packed[1:]]
-        loaded.append(tuple(map(turn, columns)))
-        amounts = [x[None, : tile.columns] for x in reader.shifts[i]]
-        shifts.append([turn(x) if x.any() else None for x in amounts])
     orders = {}
 
     def asm(text, args, *rest, **options):
@@ -602,12 +618,10 @@ def test_ptx_unpacks_what_was_packed(codec, head_dim, word_bits, dims_first, mon
         return run_asm(order, text, args, *rest, **options)
 
     monkeypatch.setattr(gpu_dequant, "_asm", asm)
-    got = np.zeros((tokens, head_dim))
-    operands = reader.operands(loaded, True, shifts, dims_first=dims_first)
-    for dims, gain, values in zip(reader.dims, reader.gains(True), operands, strict=True):
-        got[:, dims] = gain * np.asarray(values.T if dims_first else values, np.float64)
     if codec.codes_dtype == jnp.int8:
         want = codes - 128.0
     else:
         want = np.asarray(codec.code_values(jnp.asarray(codes.view(codec.codes_dtype))))
-    np.testing.assert_allclose(got, want, atol=4e-3 if codec.rotated else 0)
+    for each in (reader, reader.computed()) if reader.levels.table else (reader,):
+        got = unpacked(each, packed, dims_first)
+        np.testing.assert_allclose(got, want, atol=4e-3 if codec.rotated else 0)
