@@ -255,7 +255,8 @@ def generate(
       model: `models.load(...)`, or anything with its three methods.
       prompts: token ids, each at least one; unequal lengths are fine.
       max_tokens: most tokens of each continuation.
-      sampling: None or `Sampling()` is greedy, the same tokens whatever else is in the batch.
+      sampling: None or `Sampling()` is greedy, the same tokens whatever else is in the batch (on a
+        GPU or TPU but for rounding: shapes of products and the default `chunk` follow the batch).
       seed: of the draws.
       stop_ids: tokens that end a sequence (they are part of the output); None for the model's.
       window: narrows attention to the newest so many tokens, so that memory stays constant.

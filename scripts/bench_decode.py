@@ -289,8 +289,10 @@ def _first_page(lengths: np.ndarray, window: int | None, page_size: int) -> np.n
     return (lengths - live) // page_size
 
 
-def make_problem(case: Case, args: Args) -> Problem:
+def make_problem(case: Case, args: Args, platform: str | None = None) -> Problem:
     """Lays a case out: lengths, a table of shuffled pages, pools that do not stay in a cache.
+
+    `platform` is whose layout coded pages have; None for JAX's.
 
     Raises:
       ValueError: a shape that the codec or its layout can't hold, or too much memory.
@@ -314,7 +316,7 @@ def make_problem(case: Case, args: Args) -> Problem:
     if case.codec != "exact":
         layout = default_layout(
             get_codec(case.codec),
-            platform=jax.default_backend(),
+            platform=platform or jax.default_backend(),
             kv_heads=shape.kv_heads,
             head_dim=shape.head_dim,
             page_size=page_size,

@@ -25,7 +25,7 @@ from jaxkv.generation import prefill_chunk
 from models.random_weights import named_shape
 from pallas_kernels.backends import Backend
 from scripts import bench_step, bench_step_peer
-from scripts.bench_step import keep, kind, list_kernels
+from scripts.bench_step import keep, list_kernels, time_by_kind
 from scripts.command import run_command
 from scripts.device_time import device_kernels
 from scripts.plan import make_table
@@ -119,10 +119,7 @@ def measure(args: Args, model, batch: int, codec: str, chunk: int, log: Console)
         jax.block_until_ready(read(tokens=args.tokens, backend=args.backend))
         seconds.append(time.perf_counter() - began)
     first, *seconds = seconds
-    parts: dict[str, float] = dict.fromkeys(("attention", "weights", "rest"), 0.0)
     kernels = device_kernels([functools.partial(read, tokens=args.tokens, backend=args.backend)])
-    for _, name, us in kernels:
-        parts[kind(name)] += us / 1e3
     if args.kernels:
         title = f"kernels of batch {batch}, {codec}, chunk {row['chunk']}, a prompt"
         log.print(make_table(title, list_kernels(kernels, 1, args.kernels)))
@@ -134,7 +131,7 @@ def measure(args: Args, model, batch: int, codec: str, chunk: int, log: Console)
         "prefill_tokens_per_second": batch * args.tokens / median,
         "seconds": median,
         "spread": float(np.ptp(seconds)) / median,
-        **{f"{name}_ms": ms for name, ms in parts.items()},
+        **{f"{name}_ms": ms for name, ms in time_by_kind(kernels).items()},
         "weights_tflops": 2 * matrices * batch * args.tokens / median / 1e12,
         "first_seconds": first,
     }

@@ -130,6 +130,14 @@ def kind(kernel: str) -> str:
     return "weights" if any(name in kernel for name in GEMMS) else "rest"
 
 
+def time_by_kind(kernels: list[tuple[float, str, float]]) -> dict[str, float]:
+    """Milliseconds of each kind, `device_kernels`' in all."""
+    times: dict[str, float] = dict.fromkeys(("attention", "weights", "rest"), 0.0)
+    for _, name, us in kernels:
+        times[kind(name)] += us / 1e3
+    return times
+
+
 def list_kernels(
     kernels: list[tuple[float, str, float]], steps: int, most: int
 ) -> dict[str, list[str]]:
@@ -274,10 +282,8 @@ def main(args: Args) -> int:
             holder[0], out, _ = run(model, holder[0], *draw(batch))
             return out
 
-        parts: dict[str, float] = dict.fromkeys(("attention", "weights", "rest"), 0.0)
         kernels = device_kernels([once])
-        for _, name, us in kernels:
-            parts[kind(name)] += us / args.steps
+        parts = {name: ms / args.steps for name, ms in time_by_kind(kernels).items()}
         if args.kernels:
             title = f"kernels of batch {batch}, {codec}, a step"
             log.print(make_table(title, list_kernels(kernels, args.steps, args.kernels)))
@@ -294,10 +300,10 @@ def main(args: Args) -> int:
                 "tokens_per_second": batch / step_ms * 1e3,
                 "step_ms": step_ms,
                 "spread": float(np.ptp(seconds[1:]) / np.median(seconds[1:])),
-                "attention_ms": parts["attention"] / 1e3,
-                "weights_ms": parts["weights"] / 1e3,
-                "rest_ms": parts["rest"] / 1e3,
-                "outside": 1 - (parts["attention"] + parts["weights"]) / 1e3 / step_ms,
+                "attention_ms": parts["attention"],
+                "weights_ms": parts["weights"],
+                "rest_ms": parts["rest"],
+                "outside": 1 - (parts["attention"] + parts["weights"]) / step_ms,
                 "kv_gb": stored / 1e9,
                 "weights_gb": read / 1e9,
             }

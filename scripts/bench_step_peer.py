@@ -73,7 +73,7 @@ def run_case(case: Case, *, limit: float) -> dict:
     """Measures a case in a process of its own.
 
     Returns:
-      What `measure` returns.
+      What `measure_prompts` or `measure_steps` returns.
 
     Raises:
       RuntimeError: it failed, or took longer than `limit` seconds; its errors went to stderr.
@@ -98,13 +98,8 @@ def run_case(case: Case, *, limit: float) -> dict:
     return json.loads(lines[-1])
 
 
-def measure(case: Case) -> dict:
-    """Runs `generate` once, with a static cache; a clock in its loop times `steps` steps together.
-
-    The prompt and the first `steps`, in which programs compile and CUDA graphs are recorded, do not
-    count. As in bench_step.py the first counted step sees `context + steps` tokens. With `prompts`
-    it reads them `repeats` times instead, each time whole and into a new cache, after a warm-up.
-    """
+def build(case: Case) -> tuple:
+    """The model, its random prompts, and what every row says of the case."""
     import torch  # pyright: ignore[reportMissingImports]
     import transformers  # pyright: ignore[reportMissingImports]
 
@@ -123,7 +118,6 @@ def measure(case: Case) -> dict:
         bos_token_id=None,
         eos_token_id=None,  # nothing ends a sequence, and no step looks for what would
     )
-    began = time.perf_counter()
     torch.manual_seed(0)
     with device:  # weights are drawn where they stay
         model = transformers.AutoModelForCausalLM.from_config(
@@ -137,26 +131,46 @@ def measure(case: Case) -> dict:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
+    return model, prompts, about
 
-    def read_prompts() -> float:
-        started = time.perf_counter()
+
+def measure_prompts(case: Case) -> dict:
+    """Reads the prompts `repeats` times, each time whole and into a new cache, after a warm-up."""
+    import torch  # pyright: ignore[reportMissingImports]
+
+    model, prompts, about = build(case)
+
+    def read() -> float:
+        began = time.perf_counter()
         with torch.inference_mode():
             model(prompts, use_cache=True, logits_to_keep=1).logits[0, 0, 0].item()
-        return time.perf_counter() - started
+        return time.perf_counter() - began
 
-    if case.prompts:
-        seconds = [read_prompts() for _ in range(case.repeats + 1)][1:]
-        median = statistics.median(seconds)
-        return about | {
-            "prefill_tokens_per_second": case.batch * case.context / median,
-            "seconds": median,
-            "spread": (max(seconds) - min(seconds)) / median,
-        }
+    _, *seconds = [read() for _ in range(case.repeats + 1)]
+    median = statistics.median(seconds)
+    return about | {
+        "prefill_tokens_per_second": case.batch * case.context / median,
+        "seconds": median,
+        "spread": (max(seconds) - min(seconds)) / median,
+    }
+
+
+def measure_steps(case: Case) -> dict:
+    """Runs `generate` once, with a static cache; a clock in its loop times `steps` steps together.
+
+    The prompt and the first `steps`, in which programs compile and CUDA graphs are recorded, do not
+    count. As in bench_step.py the first counted step sees `context + steps` tokens.
+    """
+    import torch  # pyright: ignore[reportMissingImports]
+    import transformers  # pyright: ignore[reportMissingImports]
+
+    began = time.perf_counter()
+    model, prompts, about = build(case)
     times = []
 
     def clock(tokens, scores):
         if (tokens.shape[1] - case.context) % case.steps == 0:
-            if device.type == "cuda":
+            if torch.cuda.is_available():
                 torch.cuda.synchronize()
             times.append(time.perf_counter())
         return scores
@@ -186,4 +200,5 @@ def measure(case: Case) -> dict:
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(Case(**json.loads(sys.argv[1])))))
+    asked = Case(**json.loads(sys.argv[1]))
+    print(json.dumps(measure_prompts(asked) if asked.prompts else measure_steps(asked)))

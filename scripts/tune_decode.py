@@ -19,7 +19,7 @@ import numpy as np
 import tyro
 from rich.console import Console
 
-from jaxkv.codecs import default_layout, get_codec
+from jaxkv.codecs import get_codec
 from pallas_kernels.paged_attention import gpu_decode
 from pallas_kernels.paged_attention.gpu_decode import DecodeConfig
 from pallas_kernels.segments import add_learned_sink
@@ -84,18 +84,9 @@ class Case:
             workload=args.workload, batch=args.batch, context=args.context, codec=args.codec
         )
         options = bench_decode.Args(page_size=args.page_size)
-        problem = bench_decode.make_problem(case, options)
+        # Also on a CPU, where the kernel is interpreted, pages are laid out for it.
+        problem = bench_decode.make_problem(case, options, platform="gpu")
         self.sizes, self.repeats = problem.sizes, args.repeats
-        if self.sizes.layout is not None:  # also on a CPU, where the kernel is interpreted
-            shape = self.sizes.workload
-            layout = default_layout(
-                self.sizes.layout.codec,
-                platform="gpu",
-                kv_heads=shape.kv_heads,
-                head_dim=shape.head_dim,
-                page_size=args.page_size,
-            )
-            self.sizes = dataclasses.replace(self.sizes, layout=layout)
         self.inputs = (
             random_data(self.sizes),
             jnp.asarray(problem.table),

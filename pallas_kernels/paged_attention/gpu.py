@@ -10,14 +10,12 @@ from pallas_kernels.backends import interpreted
 from pallas_kernels.paged_attention import gpu_chunks, gpu_decode
 from pallas_kernels.pages import ExactPages, Pages
 
+MOST_TOKENS = 8  # query tokens of decode and verify; what is longer is a chunk
 STATIC = ("scale", "window", "sink_tokens", "lag", "soft_cap", "out_dtype", "interpret")
 
 # Functions of their own: traced and lowered once for all layers of a model that are alike.
 _attend_few = jax.jit(gpu_decode.paged_attention, static_argnames=STATIC)
 _attend_chunk = jax.jit(gpu_chunks.paged_attention, static_argnames=STATIC)
-
-
-MOST_TOKENS = 8  # query tokens of decode and verify; what is longer is a chunk
 
 
 def is_chunk(pages: Pages, *, q_tokens: int, q_heads: int) -> bool:

@@ -28,22 +28,17 @@ def paged_attention(
     page_table: jax.Array,
     sink_table: jax.Array | None = None,
     *,
-    layer: int | jax.Array,
     q_start: jax.Array,
     q_lens: jax.Array,
     kv_start: jax.Array,
     kv_stop: jax.Array,
     sink_span: tuple[jax.Array, jax.Array] | None = None,
-    scale: float,
     window: int | None,
     sink_tokens: int,
     lag: PageLag | None,
-    soft_cap: float | None,
-    out_dtype: jnp.dtype,
-    interpret: bool = False,
-    config: gpu_decode.DecodeConfig | None = None,
+    **options,
 ) -> tuple[jax.Array, jax.Array]:
-    """See `api.paged_attention`; `config` as in `gpu_decode.paged_attention`."""
+    """See `api.paged_attention`; `options` are the kernel's, which takes them as they are."""
     batch, q_tokens, q_heads, head_dim = q.shape
     size = min(q_tokens, block_tokens(q_heads // pages.dims["kv_heads"], head_dim))
     blocks = -(-q_tokens // size)
@@ -76,21 +71,16 @@ def paged_attention(
         pages,
         repeat(page_table),
         None if sink_table is None else repeat(sink_table),
-        layer=layer,
         q_start=start,
         q_lens=lens,
         kv_start=span[0],
         kv_stop=span[1],
         sink_span=sink_span,
-        scale=scale,
         window=window,
         sink_tokens=sink_tokens,
         lag=lag,
-        soft_cap=soft_cap,
-        out_dtype=out_dtype,
-        chunk=True,
-        interpret=interpret,
-        config=config,
+        config=gpu_decode.chunk_config(pages),
+        **options,
     )
     out = out.reshape(batch, blocks * size, q_heads, head_dim)
     lse = lse.reshape(batch, blocks * size, q_heads)

@@ -110,13 +110,8 @@ CONFIGS = {
 }
 
 
-def choose_config(
-    k: Reader, v: Reader, rows: int, window: int | None = None, *, chunk: bool = False
-) -> DecodeConfig:
+def choose_config(k: Reader, v: Reader, rows: int, window: int | None = None) -> DecodeConfig:
     """Tile sizes for a pair of readers and `rows` query rows a kv head."""
-    if chunk:
-        wide = k.arrays == ("k",) and k.head_dim <= 128
-        return CONFIGS["chunk" if wide else "chunk_64"]
     small = "_64" if k.head_dim <= 64 else ""
     if not isinstance(k, PlanesReader) and not isinstance(v, PlanesReader):
         if k.arrays != ("k",):
@@ -191,13 +186,10 @@ def paged_attention(
     lag,
     soft_cap,
     out_dtype,
-    chunk: bool = False,
     interpret: bool = False,
     config: DecodeConfig | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """See `api.paged_attention`.
-
-    With `chunk` the sequences are blocks of a prompt's chunk (`gpu_chunks`).
 
     Raises:
       NotImplementedError: a shape or codec that this kernel does not serve.
@@ -208,7 +200,7 @@ def paged_attention(
     kv_heads, page_size = dims["kv_heads"], dims["page_size"]
     group = q_heads // kv_heads
     k, v, arrays, factors = _readers(pages, head_dim)
-    config = config or choose_config(k, v, group * q_tokens, window, chunk=chunk)
+    config = config or choose_config(k, v, group * q_tokens, window)
     k = k if "k" in config.lookups else k.computed()
     v = v if "v" in config.lookups else v.computed()
     _check(head_dim, page_size, group, q_tokens, arrays)
@@ -326,6 +318,12 @@ def default_config(pages: Pages, *, rows: int, window: int | None = None) -> Dec
     """Tile sizes that `paged_attention` takes by itself for `rows` query rows a kv head."""
     k, v, _, _ = _readers(pages, pages.dims["head_dim"])
     return choose_config(k, v, rows, window)
+
+
+def chunk_config(pages: Pages) -> DecodeConfig:
+    """Tile sizes for blocks of a prompt's chunk (`gpu_chunks`)."""
+    wide = not isinstance(pages, CodedPages) and pages.dims["head_dim"] <= 128
+    return CONFIGS["chunk" if wide else "chunk_64"]
 
 
 def check(pages: Pages, *, q_tokens: int, group: int) -> None:
