@@ -39,7 +39,6 @@ VALUES: dict[str, tuple] = {
     "block": (32, 64, 128),
     "warps": (1, 2, 4, 8),
     "early_factors": (False, True),
-    "prefetch": (False, True),
     "lookups": ("kv", "k", "v", ""),
     "mask_all": (False, True),
     "transposed": (False, True),
@@ -179,8 +178,6 @@ def neighbours(config: DecodeConfig, field: str) -> Iterator[DecodeConfig]:
         changed = dataclasses.replace(config, **{field: value})
         if field == "programs" and config.one_wave:
             changed = dataclasses.replace(changed, wave=value)
-        if changed.prefetch and changed.mask_all:  # nothing is fetched ahead there
-            continue
         yield changed
 
 

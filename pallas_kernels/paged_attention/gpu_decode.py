@@ -63,7 +63,6 @@ class DecodeConfig:
     mask_all: bool = True  # one masked loop, or one without a mask and one for the edges
     # Factors before the words, not after the scores, when fewer registers are in use.
     early_factors: bool = False
-    prefetch: bool = False  # factors of the next block while this one is attended
     lookups: str = "kv"  # sides whose levels are looked up where there is a table, else computed
     programs: int = 1056  # to aim for where there are enough tokens
     one_wave: bool = False  # whether a second wave of programs costs more than unequal items
@@ -512,28 +511,35 @@ def _kernel(*args, names, case: Case, config: DecodeConfig):
         start = jnp.where(is_sink, sink_start, kv_start)
         return (positions >= start) & (positions < jnp.where(is_sink, sink_stop, kv_stop))
 
-    def locate(i, masked):
-        """Where the block's tokens are, their positions, and which lie in the span."""
+    def find(i):
+        """Position of a block's first token and its page's slot of the table; or of every token.
+
+        Past the item's end, too, the slot is one of the table's.
+        """
         token = base + i * block
-        tokens = token + jnp.arange(block, dtype=jnp.int32)
+        if page_size < block:
+            token = token + jnp.arange(block, dtype=jnp.int32)
+        position = span.position(token, page_size)
+        return position, _table_slot(position // page_size, refs, case)
+
+    def look_up(i):
+        """What the table holds for a block: one page, or one for every token."""
+        _, place = find(i)
+        return refs["table"][b, place]
+
+    def locate(i, masked, page):
+        """Where the block's tokens are, their positions, and which lie in the span."""
+        position, place = find(i)
         if page_size >= block:
-            position = span.position(token, page_size)
-            place = _table_slot(position // page_size, refs, case)
-            page = refs["table"][b, place]
             slot = pl.ds(pl.multiple_of(position % page_size, block), block)
             positions = position + jnp.arange(block, dtype=jnp.int32)
             inside = in_span(positions)
         else:
-            positions = span.position(tokens, page_size)
-            inside = in_span(positions)
-            place = _table_slot(positions // page_size, refs, case)
+            slot, positions, inside = position % page_size, position, in_span(position)
             if masked:
-                inside = inside & (tokens < base + length)
-                # Past its end the table may hold anything.
-                page = plgpu.load(refs["table"].at[b, place], mask=inside, other=0)
-            else:
-                page = refs["table"][b, place]
-            slot = positions % page_size
+                tokens = i * block + jnp.arange(block, dtype=jnp.int32)
+                inside = inside & (tokens < length)
+                page = jnp.where(inside, page, 0)  # past its end the table may hold anything
         where = Where(layer, h, page, slot, block, place, inside if masked else None)
         return where, positions, inside
 
@@ -553,11 +559,10 @@ def _kernel(*args, names, case: Case, config: DecodeConfig):
         words = dict.fromkeys((x.array, x.row) for x in case.k_factors + case.v_factors)
         return {(name, row): where.load_factor(refs[name], row) for name, row in words}
 
-    def attend(i, state, masked, factors=None):
+    def attend(i, state, masked, page):
         m, l, zero_sum, accs = state
-        where, positions, inside = locate(i, masked)
-        if factors is None and config.early_factors:
-            factors = load_factors(where)
+        where, positions, inside = locate(i, masked, page)
+        factors = load_factors(where) if config.early_factors else None
         k_words = case.k.load(k_refs, where)
         v_words = case.v.load(v_refs, where, dims_first=axes.transposed)
         k_gain = k_gains[0] * case.score_scale
@@ -603,6 +608,21 @@ def _kernel(*args, names, case: Case, config: DecodeConfig):
         )
         return m_new, l, zero_sum, accs
 
+    def run(start, stop, state, *, masked, number=lambda e: e):
+        """Attends blocks `number(e)`, `start <= e < stop`.
+
+        Each step looks the next one's page up. Triton copies words ahead by as many steps as stages
+        are left after the loads that their addresses wait for: with the page among these, three
+        stages copied nothing ahead.
+        """
+
+        def step(e, carry):
+            state, page = carry
+            ahead = look_up(number(jnp.minimum(e + 1, stop - 1)))
+            return attend(number(e), state, masked, page), ahead
+
+        return jax.lax.fori_loop(start, stop, step, (state, look_up(number(start))))[0]
+
     state = (
         jnp.full((rows,), NOTHING_SEEN, jnp.float32),
         axes.no_sum(rows, block),
@@ -611,31 +631,15 @@ def _kernel(*args, names, case: Case, config: DecodeConfig):
     )
     sinks = case.sink_pages or (case.window is not None and case.sink_tokens)
     if config.mask_all or sinks:
-        state = jax.lax.fori_loop(0, blocks, functools.partial(attend, masked=True), state)
+        state = run(0, blocks, state, masked=True)
     else:
         low, high = _whole_span(case, q_start, q_len, kv_start, kv_stop)
         whole_start = jnp.clip(pl.cdiv(jnp.maximum(low - first, 0), block), 0, blocks)
         whole_stop = jnp.clip(jnp.minimum(high - first, length) // block, whole_start, blocks)
-        if config.prefetch:
-            # Triton fetches ahead what feeds a dot; the factors do not.
-            def whole(i, carry):
-                state, factors = carry
-                ahead, _, _ = locate(jnp.minimum(i + 1, whole_stop - 1), False)
-                ahead = load_factors(ahead)
-                return attend(i, state, False, factors), ahead
-
-            start, _, _ = locate(jnp.maximum(jnp.minimum(whole_start, blocks - 1), 0), True)
-            state, _ = jax.lax.fori_loop(
-                whole_start, whole_stop, whole, (state, load_factors(start))
-            )
-        else:
-            state = jax.lax.fori_loop(
-                whole_start, whole_stop, functools.partial(attend, masked=False), state
-            )
-        edge = lambda e, state: attend(
-            jnp.where(e < whole_start, e, e - whole_start + whole_stop), state, masked=True
-        )
-        state = jax.lax.fori_loop(0, whole_start + blocks - whole_stop, edge, state)
+        state = run(whole_start, whole_stop, state, masked=False)
+        edge = lambda e: jnp.where(e < whole_start, e, e - whole_start + whole_stop)
+        edges = whole_start + blocks - whole_stop
+        state = run(0, edges, state, masked=True, number=edge)
 
     m, l, zero_sum, accs = state
     l, zero_sum = axes.total(l), axes.total(zero_sum)

@@ -17,7 +17,7 @@ LN2 = 0.6931471805599453
 # A finite running maximum for rows that have seen nothing, so that no -inf - -inf appears.
 NOTHING_SEEN = -1e30
 SIZES = 65  # sizes of an item that are tried, from the mean to twice it
-FEW_PARTS = 16  # up to so many a sequence one warp merges, else four, 64 at a time
+PARTS_AT_ONCE = 4, 64  # least and most that are merged in one step: near a sequence's mean
 
 
 class SpanPages(NamedTuple):
@@ -213,20 +213,21 @@ def combine(
       `[batch, q_tokens, q_heads, head_dim]` and `f32[batch, q_tokens, q_heads]`, natural log.
     """
     batch, q_heads, head_dim = first_item.shape[0], part.shape[1] * group, part.shape[3]
-    few = part.shape[0] <= FEW_PARTS * batch
+    least, most = PARTS_AT_ONCE
+    block = min(most, max(least, pl.next_power_of_2(pl.cdiv(part.shape[0], batch))))
     return pl.pallas_call(
         functools.partial(
             _combine_kernel,
             group=group,
             columns=pl.next_power_of_2(head_dim),
-            block=16 if few else 64,
+            block=block,
         ),
         out_shape=[
             jax.ShapeDtypeStruct((batch, q_tokens, q_heads, head_dim), out_dtype),
             jax.ShapeDtypeStruct((batch, q_tokens, q_heads), jnp.float32),
         ],
         grid=(q_heads, q_tokens, batch),
-        compiler_params=plgpu.CompilerParams(num_warps=1 if few else 4, num_stages=2),
+        compiler_params=plgpu.CompilerParams(num_warps=1 if block <= 16 else 4, num_stages=2),
         interpret=interpret,
         name="paged_attention_combine",
     )(first_item, item_count, part, lse)

@@ -32,7 +32,6 @@ TOLERANCE = {"float32": 1e-6, "float16": 1e-3, "bfloat16": 3e-3, "coded": 3e-3}
 SMALL = gpu_decode.DecodeConfig(block=32, programs=10, good_tokens=32, least_tokens=32)
 EDGES = dataclasses.replace(SMALL, mask_all=False)
 TRANSPOSED = dataclasses.replace(EDGES, transposed=True)
-PREFETCH = dataclasses.replace(TRANSPOSED, prefetch=True)
 
 
 @pytest.fixture(params=["interpret", pytest.param("compiled", marks=pytest.mark.gpu)])
@@ -256,12 +255,6 @@ def test_levels_are_looked_up_or_computed(lookups, interpret):
     case = make_case(get_codec("tq3"), lengths=(1, 70), page_size=32)
     config = dataclasses.replace(TRANSPOSED, lookups=lookups)
     assert_close(case.attend(interpret=interpret, config=config), case.dense(), TOLERANCE["coded"])
-
-
-def test_prefetched_factors(interpret):
-    case = make_case(get_codec("4bit_nc"), lengths=(1, 200), page_size=32)
-    got = case.attend(interpret=interpret, config=PREFETCH)
-    assert_close(got, case.dense(), TOLERANCE["coded"])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
