@@ -176,7 +176,7 @@ def neighbours(config: DecodeConfig, field: str) -> Iterator[DecodeConfig]:
         if value == getattr(config, field):
             continue
         changed = dataclasses.replace(config, **{field: value})
-        if field == "programs" and config.one_wave:
+        if field == "programs" and config.wave == config.programs:
             changed = dataclasses.replace(changed, wave=value)
         yield changed
 

@@ -1,7 +1,8 @@
 """Paged attention on NVIDIA GPUs (Pallas Triton): a few query tokens, exact or coded pages.
 
-One program takes one work item (`gpu_split`) of one kv head: it loads a block of tokens, turns
-words into dot operands in registers (`gpu_dequant`), and keeps an online softmax in base 2. Scale
+One program takes a share of the pages (`gpu_split`) of one kv head, sequence by sequence: it loads
+a block of tokens, turns words into dot operands in registers (`gpu_dequant`), and keeps an online
+softmax in base 2. Scale
 and zero of a token enter as a factor on scores and probabilities and a rank-1 sum, so codes are
 never dequantized one by one. Blocks that all rows see whole carry no mask.
 """
@@ -32,8 +33,8 @@ from pallas_kernels.paged_attention.gpu_split import (
     NOTHING_SEEN,
     SpanPages,
     combine,
-    item_bound,
-    plan_items,
+    plan_work,
+    program_bound,
     span_pages,
 )
 from pallas_kernels.pages import CodedPages, Pages
@@ -64,11 +65,10 @@ class DecodeConfig:
     # Factors before the words, not after the scores, when fewer registers are in use.
     early_factors: bool = False
     lookups: str = "kv"  # sides whose levels are looked up where there is a table, else computed
-    programs: int = 1056  # to aim for where there are enough tokens
-    one_wave: bool = False  # whether a second wave of programs costs more than unequal items
+    programs: int = 1056  # to share pages among, where there are enough
     wave: int = 264  # programs that run at once
-    good_tokens: int = 4096  # of an item, where that leaves a wave of them
-    least_tokens: int = 256  # of an item
+    good_tokens: int = 4096  # of a program, where that leaves a wave of them
+    least_tokens: int = 256  # of a program
     enough: int | None = None  # programs that fill the chip: with as many sequences none is split
 
 
@@ -81,7 +81,6 @@ PLANES = DecodeConfig(
     transposed=True,
     mask_all=False,
     wave=1056,
-    one_wave=True,
     least_tokens=64,
 )
 # 128 rows in 8 warps fill an SM's registers: one program each.
@@ -154,7 +153,7 @@ class Case:
     sink_pages: int  # slots of the table before the ring's
     lag: PageLag | None
     soft_cap: float | None
-    direct: bool  # one item a sequence, no parts to merge
+    direct: bool  # a program a sequence, no parts to merge
     asm: bool
 
     @property
@@ -223,14 +222,10 @@ def paged_attention(
         sink_pages = sink_table.shape[1]
         most_pages += sink_pages
         page_table = jnp.concatenate([sink_table, page_table], axis=1)
-    sizes = dict(
-        wanted=max(1, config.programs // kv_heads),
-        fewest=max(1, config.wave // kv_heads),
-        # Many sequences fill the chip by themselves: there smaller items even out their lengths.
-        good_pages=max(1, config.good_tokens // page_size) if batch * kv_heads < config.wave else 1,
-        least_pages=max(1, config.least_tokens // page_size),
+    least_pages = max(1, config.least_tokens // page_size)
+    programs = program_bound(
+        batch, most_pages, wanted=max(1, config.programs // kv_heads), least_pages=least_pages
     )
-    items = item_bound(batch, most_pages, **sizes)
     enough = config.enough is not None and batch * kv_heads >= config.enough
     case = Case(
         k=k,
@@ -247,7 +242,7 @@ def paged_attention(
         sink_pages=sink_pages,
         lag=lag,
         soft_cap=soft_cap,
-        direct=items <= batch or enough,
+        direct=most_pages <= least_pages or enough,
         asm=not interpret,
     )
     scalars = dict(
@@ -260,11 +255,20 @@ def paged_attention(
     )
     if sink_span is not None:
         scalars |= dict(zip(("sink_start", "sink_stop"), sink_span, strict=True))
-    if not case.direct:
-        work = plan_items(span.pages, items=items, one_wave=config.one_wave, **sizes)
-        scalars |= dict(item=work.sequence, item_start=work.start, item_stop=work.stop)
+    if case.direct:
+        programs = batch
     else:
-        items = batch
+        # Many sequences fill the chip by themselves.
+        good_tokens = config.good_tokens if batch * kv_heads < config.wave else 1
+        work = plan_work(
+            span.pages,
+            programs=programs,
+            fewest=max(1, config.wave // kv_heads),
+            good_pages=max(1, good_tokens // page_size),
+            least_pages=least_pages,
+        )
+        names = ("size", "first", "stop", "sequence", "before")
+        scalars |= {name: getattr(work, name) for name in names}
     if coded:
         q = pages.layout.codec.key.rotate(q) * (scale * LOG2E)
         q = jnp.clip(q, -FLOAT16_MAX, FLOAT16_MAX).astype(k.dtype)
@@ -285,13 +289,14 @@ def paged_attention(
     if case.direct:
         shapes = [(batch, q_tokens, q_heads, head_dim), (batch, q_tokens, q_heads)]
     else:
-        shapes = [(items, kv_heads, rows, head_dim), (items, kv_heads, rows)]
+        parts = (programs + batch, kv_heads, rows)
+        shapes = [(*parts, head_dim), parts]
     kernel_dtype = jnp.float32 if coded else out_dtype  # of what the last kernel writes
     dtypes = (kernel_dtype if case.direct else jnp.float32, jnp.float32)
     out, lse = pl.pallas_call(
         functools.partial(_kernel, names=tuple(refs), case=case, config=config),
         out_shape=list(map(jax.ShapeDtypeStruct, shapes, dtypes)),
-        grid=(kv_heads, items),
+        grid=(kv_heads, programs),
         compiler_params=plgpu.CompilerParams(num_warps=config.warps, num_stages=config.stages),
         interpret=interpret,
         name="paged_attention_decode",
@@ -300,8 +305,8 @@ def paged_attention(
         out, lse = combine(
             out,
             lse,
-            work.first_item,
-            work.item_count,
+            work.first_part,
+            work.part_count,
             q_tokens=q_tokens,
             group=group,
             out_dtype=kernel_dtype,
@@ -372,12 +377,13 @@ def _permute(x: jax.Array, dims: np.ndarray) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class _Item:
-    """One program's work: ordinal pages `start <= o < stop` of sequence `b`'s span."""
+    """What a program does at a time: ordinal pages `start <= o < stop` of sequence `b`'s span."""
 
     b: jax.Array
     start: jax.Array
     stop: jax.Array
     span: SpanPages
+    part: jax.Array | None  # where its result goes; None for the output itself
 
 
 def _read_span(refs, b, case: Case) -> SpanPages:
@@ -400,15 +406,6 @@ def _table_slot(logical, refs, case: Case):
         return logical % width
     ring = case.sink_pages + logical % (width - case.sink_pages)
     return jnp.where(logical < case.sink_pages, logical, ring)
-
-
-def _read_item(refs, case: Case) -> _Item:
-    i = pl.program_id(1)
-    b = i if case.direct else refs["item"][i]
-    span = _read_span(refs, b, case)
-    if case.direct:
-        return _Item(b, jnp.int32(0), span.pages, span)
-    return _Item(b, refs["item_start"][i], refs["item_stop"][i], span)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -468,9 +465,27 @@ def _row_index(rows: int, case: Case):
 
 def _kernel(*args, names, case: Case, config: DecodeConfig):
     refs = dict(zip(names, args, strict=False))
-    out_ref, lse_ref = args[len(names) :]
-    h, block, page_size = pl.program_id(0), config.block, case.page_size
-    item = _read_item(refs, case)
+    h, program = pl.program_id(0), pl.program_id(1)
+    attend = functools.partial(_attend, refs, *args[len(names) :], h, case=case, config=config)
+    if case.direct:
+        span = _read_span(refs, program, case)
+        attend(_Item(program, jnp.int32(0), span.pages, span, None))
+        return
+    size = refs["size"][0]
+
+    def step(k, _):
+        b = refs["sequence"][k]
+        span = _read_span(refs, b, case)
+        start = program * size - refs["before"][k]
+        stop = jnp.minimum(start + size, span.pages)
+        attend(_Item(b, jnp.maximum(start, 0), stop, span, program + k))
+
+    jax.lax.fori_loop(refs["first"][program], refs["stop"][program], step, None)
+
+
+def _attend(refs, out_ref, lse_ref, h, item: _Item, *, case: Case, config: DecodeConfig):
+    """Attends an item's pages and stores the result of kv head `h`'s rows."""
+    block, page_size = config.block, case.page_size
     b, span, layer = item.b, item.span, refs["layer"][0]
     kv_start, kv_stop = refs["kv_start"][b], refs["kv_stop"][b]
     q_start, q_len = refs["q_start"][b], refs["q_lens"][b]
@@ -650,11 +665,11 @@ def _kernel(*args, names, case: Case, config: DecodeConfig):
     real = row < case.rows
     # Padding rows are sent out of bounds as well: the interpreter would store their old values.
     lse = m - offset + jnp.log2(total)
-    if case.direct:
+    if item.part is None:
         at = (b, row // case.group, row % case.group + h * case.group)
         lse = jnp.where(seen, lse * LN2, -jnp.inf)
     else:
-        at = (pl.program_id(1), h, row)
+        at = (item.part, h, row)
         lse = jnp.where(seen, lse, NOTHING_SEEN)
     plgpu.store(lse_ref.at[at], lse, mask=real)
     for acc, gain, (start, size) in zip(

@@ -1,8 +1,9 @@
-"""Split-KV for GPUs: a flat list of work items that follows real lengths, and the merge of parts.
+"""Split-KV for GPUs: equal shares of all pages, whatever the sequences, and the merge of parts.
 
-A static number of splits a sequence leaves most of the chip idle when lengths differ. Here the
-grid is static and what an item covers is chosen at run time: all items have nearly the same
-number of pages, so a long sequence gets many of them and an empty one none.
+A static number of splits a sequence leaves most of the chip idle when lengths differ, and whole
+numbers of them do when sequences are nearly as many as programs. Here the grid is static and what
+a program covers is chosen at run time: the same number of pages as every other, of as many
+sequences as these lie in.
 """
 
 import functools
@@ -16,7 +17,6 @@ from jax.experimental.pallas import triton as plgpu
 LN2 = 0.6931471805599453
 # A finite running maximum for rows that have seen nothing, so that no -inf - -inf appears.
 NOTHING_SEEN = -1e30
-SIZES = 65  # sizes of an item that are tried, from the mean to twice it
 PARTS_AT_ONCE = 4, 64  # least and most that are merged in one step: near a sequence's mean
 
 
@@ -66,79 +66,71 @@ def span_pages(
 
 
 class WorkList(NamedTuple):
-    """What each program does, and which parts belong to a sequence."""
+    """Which pages each program attends, and where the parts of a sequence are.
 
-    sequence: jax.Array  # i32[items]
-    start: jax.Array  # i32[items], first ordinal page
-    stop: jax.Array  # i32[items], one past the last; equal to start for an item left over
-    first_item: jax.Array  # i32[batch]
-    item_count: jax.Array  # i32[batch]
+    The pages of all sequences stand in a row, and program `p` has `size` of them from `p * size`
+    on. Sequences that have pages are counted by `k`, in order; what program `p` finds in sequence
+    `k` is part `p + k`: from one part to the next `p` or `k` grows, so none has two owners, and
+    those of a sequence are neighbours.
+    """
+
+    size: jax.Array  # i32[1]
+    first: jax.Array  # i32[programs], first sequence `k` of a program
+    stop: jax.Array  # i32[programs], one past its last one
+    sequence: jax.Array  # i32[batch], by `k`
+    before: jax.Array  # i32[batch], pages of all sequences before `k`
+    first_part: jax.Array  # i32[batch]
+    part_count: jax.Array  # i32[batch], 0 for a sequence without pages
 
 
-def plan_items(
-    pages: jax.Array,
-    *,
-    items: int,
-    wanted: int,
-    fewest: int,
-    good_pages: int,
-    least_pages: int,
-    one_wave: bool = False,
+def plan_work(
+    pages: jax.Array, *, programs: int, fewest: int, good_pages: int, least_pages: int
 ) -> WorkList:
-    """Cuts sequences into items of nearly equal length.
+    """Shares pages out evenly among programs, whatever the lengths of sequences.
 
     Args:
       pages: `i32[batch]`, pages of each sequence.
-      items: static length of the list, as `item_bound` says.
-      wanted: items to come close to if there are enough pages.
-      fewest: items that fill the chip once; no more where items would be shorter than good_pages.
-      good_pages: pages from which on an item's own costs (start, merge) do not matter.
-      least_pages: an item of a longer sequence has no fewer.
-      one_wave: make `wanted` a bound, for kernels that lose more by a second wave of programs than
-        by items of unequal length.
+      programs: as many as are launched, all of them used where there are enough pages.
+      fewest: programs that fill the chip once; no more where shares would be below `good_pages`.
+      good_pages: pages from which on a program's own costs (start, merge) do not matter.
+      least_pages: no share is smaller.
     """
     batch = pages.shape[0]
+    # Comparisons instead of scans and searches: each is one small fused reduction.
+    b = jnp.arange(batch, dtype=jnp.int32)
+    until, used = b[None] <= b[:, None], pages[None] > 0
+    count = lambda x: jnp.sum(x, axis=1, dtype=jnp.int32)
+    end = count(jnp.where(until, pages[None], 0))
+    rank = count(until & used)
     total = jnp.sum(pages)
     size = jnp.maximum(
-        pl.cdiv(total, wanted), jnp.minimum(good_pages, pl.cdiv(total, min(fewest, wanted)))
+        pl.cdiv(total, programs), jnp.minimum(good_pages, pl.cdiv(total, min(fewest, programs)))
     )
-    if one_wave:
-        # Each sequence rounds up, so the search goes on to twice the mean.
-        sizes = size + size * jnp.arange(SIZES, dtype=jnp.int32) // (SIZES - 1)
-        needed = jnp.sum(pl.cdiv(pages[None], jnp.maximum(sizes, 1)[:, None]), axis=1)
-        size = jnp.min(jnp.where(needed <= wanted, sizes, sizes[-1]))
     size = jnp.maximum(size, least_pages)
-    count = pl.cdiv(pages, size)
-    # Comparisons instead of a scan and a search: each is one small fused reduction.
-    row = jnp.arange(batch, dtype=jnp.int32)
-    stop = jnp.sum(jnp.where(row[None] <= row[:, None], count[None], 0), axis=1, dtype=jnp.int32)
-    item = jnp.arange(items, dtype=jnp.int32)
-    sequence = jnp.sum(stop[None] <= item[:, None], axis=1, dtype=jnp.int32)
-    in_use = sequence < batch
-    sequence = jnp.minimum(sequence, batch - 1)
-    first_item = stop - count
-    rank = item - first_item[sequence]
-    parts = jnp.maximum(count[sequence], 1)
-    bound = lambda k: pages[sequence] * k // parts
+    low = jnp.arange(programs, dtype=jnp.int32)[:, None] * size
+    earlier = rank[None] <= b[:, None]
+    first = (end - pages) // size
     return WorkList(
-        sequence=sequence,
-        start=jnp.where(in_use, bound(rank), 0),
-        stop=jnp.where(in_use, bound(rank + 1), 0),
-        first_item=first_item,
-        item_count=count,
+        size=size.reshape(1),
+        first=count(used & (end[None] <= low)),
+        stop=count(used & ((end - pages)[None] < low + size)),
+        sequence=jnp.minimum(count(earlier), batch - 1),
+        before=count(jnp.where(earlier, pages[None], 0)),
+        first_part=first + rank - 1,
+        part_count=jnp.where(pages > 0, (end - 1) // size + 1 - first, 0),
     )
 
 
-def item_bound(batch: int, most_pages: int, *, wanted: int, least_pages: int, **_) -> int:
-    """Largest number of items that `plan_items` may need for sequences of `most_pages`."""
-    return min(batch + wanted, batch * pl.cdiv(most_pages, least_pages))
+def program_bound(batch: int, most_pages: int, *, wanted: int, least_pages: int) -> int:
+    """Largest number of programs that sequences of `most_pages` may need."""
+    return min(wanted, batch * pl.cdiv(most_pages, least_pages))
 
 
 def _combine_kernel(
     first_ref,  # i32[batch]
     count_ref,  # i32[batch]
-    part_ref,  # f32[items, kv_heads, rows, head_dim]
-    lse_ref,  # f32[items, kv_heads, rows], base 2
+    part_ref,  # f32[parts, kv_heads, rows, head_dim]
+    lse_ref,  # f32[parts, kv_heads, rows], base 2
     out_ref,  # [batch, q_tokens, q_heads, head_dim]
     out_lse_ref,  # f32[batch, q_tokens, q_heads], natural
     *,
@@ -157,11 +149,11 @@ def _combine_kernel(
         m, l, acc = state
         rank = i * block + jnp.arange(block, dtype=jnp.int32)
         used = rank < count
-        item = first + jnp.where(used, rank, 0)
-        lse = plgpu.load(lse_ref.at[item, h, row], mask=used, other=NOTHING_SEEN)
+        at = first + jnp.where(used, rank, 0)
+        lse = plgpu.load(lse_ref.at[at, h, row], mask=used, other=NOTHING_SEEN)
         part = plgpu.load(
             part_ref.at[
-                jnp.broadcast_to(item[:, None], (block, columns)),
+                jnp.broadcast_to(at[:, None], (block, columns)),
                 h,
                 row,
                 jnp.broadcast_to(column[None], (block, columns)),
@@ -189,8 +181,8 @@ def _combine_kernel(
 def combine(
     part: jax.Array,
     lse: jax.Array,
-    first_item: jax.Array,
-    item_count: jax.Array,
+    first_part: jax.Array,
+    part_count: jax.Array,
     *,
     q_tokens: int,
     group: int,
@@ -200,10 +192,10 @@ def combine(
     """Merges each sequence's parts by their log-sum-exp.
 
     Args:
-      part: `f32[items, kv_heads, rows, head_dim]`; row `t * group + g` is query token `t`.
-      lse: `f32[items, kv_heads, rows]`, base 2, `NOTHING_SEEN` for a row that saw nothing.
-      first_item: `i32[batch]`.
-      item_count: `i32[batch]`.
+      part: `f32[parts, kv_heads, rows, head_dim]`; row `t * group + g` is query token `t`.
+      lse: `f32[parts, kv_heads, rows]`, base 2, `NOTHING_SEEN` for a row that saw nothing.
+      first_part: `i32[batch]`.
+      part_count: `i32[batch]`, 0 for a sequence whose output is to be 0.
       q_tokens: query tokens.
       group: query heads of a kv head.
       out_dtype: of the result.
@@ -212,7 +204,7 @@ def combine(
     Returns:
       `[batch, q_tokens, q_heads, head_dim]` and `f32[batch, q_tokens, q_heads]`, natural log.
     """
-    batch, q_heads, head_dim = first_item.shape[0], part.shape[1] * group, part.shape[3]
+    batch, q_heads, head_dim = first_part.shape[0], part.shape[1] * group, part.shape[3]
     least, most = PARTS_AT_ONCE
     block = min(most, max(least, pl.next_power_of_2(pl.cdiv(part.shape[0], batch))))
     return pl.pallas_call(
@@ -230,4 +222,4 @@ def combine(
         compiler_params=plgpu.CompilerParams(num_warps=1 if block <= 16 else 4, num_stages=2),
         interpret=interpret,
         name="paged_attention_combine",
-    )(first_item, item_count, part, lse)
+    )(first_part, part_count, part, lse)

@@ -447,28 +447,41 @@ def test_polynomials_pass_through_the_levels(bits, name):
     np.testing.assert_allclose(value, get_codebook(name, bits).levels, atol=3e-4)
 
 
-def test_items_cover_every_page_once_and_are_even():
+def test_shares_cover_every_page_once_and_are_even():
     rng = np.random.default_rng(0)
-    for _ in range(6):
-        pages = rng.integers(0, 90, rng.integers(1, 40)) * rng.integers(0, 2)
-        sizes = dict(
-            wanted=int(rng.integers(1, 50)),
+    for _ in range(8):
+        pages = rng.integers(0, 90, rng.integers(1, 40)) * (rng.random() < 0.9)
+        pages *= rng.random(len(pages)) < 0.7
+        least, wanted = int(rng.integers(1, 5)), int(rng.integers(1, 50))
+        programs = gpu_split.program_bound(len(pages), 90, wanted=wanted, least_pages=least)
+        work = gpu_split.plan_work(
+            jnp.asarray(pages, jnp.int32),
+            programs=programs,
             fewest=int(rng.integers(1, 50)),
             good_pages=int(rng.integers(1, 20)),
-            least_pages=int(rng.integers(1, 5)),
+            least_pages=least,
         )
-        items = gpu_split.item_bound(len(pages), 90, **sizes)
-        work = gpu_split.plan_items(jnp.asarray(pages, jnp.int32), items=items, **sizes)
-        start, stop, sequence = map(np.asarray, (work.start, work.stop, work.sequence))
-        for b, count in enumerate(pages):
-            first, n = int(work.first_item[b]), int(work.item_count[b])
-            mine = slice(first, first + n)
-            assert (n > 0) == (count > 0) and np.all(sequence[mine] == b)
-            edges = [*start[mine], count]
-            assert edges == [0, *stop[mine]]
-        used = stop > start
-        assert used.sum() == int(work.item_count.sum())
-        assert not np.any(stop[~used])
+        [size], first, stop, sequence, before, first_part, part_count = map(np.asarray, work)
+        seen = [[] for _ in pages]
+        parts = [[] for _ in pages]
+        for p in range(programs):
+            share = 0
+            for k in range(first[p], stop[p]):
+                b = sequence[k]
+                start = max(p * size - before[k], 0)
+                end = min((p + 1) * size - before[k], pages[b])
+                assert start < end
+                seen[b] += range(start, end)
+                parts[b].append(p + k)
+                share += end - start
+            assert share == min(size, max(pages.sum() - p * size, 0))
+        assert seen == [list(range(n)) for n in pages]
+        for b, mine in enumerate(parts):
+            assert len(mine) == part_count[b]
+            assert mine == list(range(first_part[b], first_part[b] + part_count[b])) or not mine
+        every = sum(parts, [])
+        assert len(set(every)) == len(every)
+        assert all(0 <= part < programs + len(pages) for part in every)
 
 
 def test_what_is_not_served_is_named():
