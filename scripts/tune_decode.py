@@ -34,7 +34,8 @@ COMPILE_THREADS = 12
 GAIN = 0.99  # of the best time: what is nearer is noise
 # In the order in which they are tried; each beside what the others are by then.
 VALUES: dict[str, tuple] = {
-    "programs": (528, 1056, 1584, 2112),
+    "at_once": (2, 3, 4, 8, 12),
+    "waves": (1, 2, 3),
     "stages": (2, 3, 4),
     "block": (32, 64, 128),
     "warps": (1, 2, 4, 8),
@@ -52,7 +53,7 @@ class Args:
 
     Examples:
       tune_decode.py --workload llama-3-8b --batch 64 --context 8192 --codec tq4
-      tune_decode.py --codec exact --batch 1 --context 131072 --field programs --field stages
+      tune_decode.py --codec exact --batch 1 --context 131072 --field at_once --field waves
     """
 
     workload: str = "llama-3-8b"
@@ -175,10 +176,7 @@ def neighbours(config: DecodeConfig, field: str) -> Iterator[DecodeConfig]:
     for value in VALUES[field]:
         if value == getattr(config, field):
             continue
-        changed = dataclasses.replace(config, **{field: value})
-        if field == "programs" and config.wave == config.programs:
-            changed = dataclasses.replace(changed, wave=value)
-        yield changed
+        yield dataclasses.replace(config, **{field: value})
 
 
 def difference(config: DecodeConfig, base: DecodeConfig) -> str:

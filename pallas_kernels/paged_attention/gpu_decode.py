@@ -19,6 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.paged_attention.gpu_dequant import (
+    LEAST_COLUMNS,
     PlanesReader,
     Reader,
     Where,
@@ -65,74 +66,86 @@ class DecodeConfig:
     # Factors before the words, not after the scores, when fewer registers are in use.
     early_factors: bool = False
     lookups: str = "kv"  # sides whose levels are looked up where there is a table, else computed
-    programs: int = 1056  # to share pages among, where there are enough
-    wave: int = 264  # programs that run at once
-    good_tokens: int = 4096  # of a program, where that leaves a wave of them
+    good_tokens: int = 4096  # of a program, where that leaves as many as run at once
     least_tokens: int = 256  # of a program
-    enough: int | None = None  # programs that fill the chip: with as many sequences none is split
+    at_once: int = 4  # programs that an SM has room for
+    waves: int = 3  # of programs that run at once, to share pages among
+    programs: int | None = None  # to share pages among, in place of the two above
+    whole: bool = False  # whether sequences that fill the chip by themselves are left whole
 
 
-# By the kind of codes and the head_dim, measured on an H100 with pages of 64 tokens:
-# docs/gpu_tuning.md.
-# Groups of 4 at head_dim 128 (32-bit words of 4-bit codes, else 16-bit ones), of 8 at 64.
+# By the kind of codes, measured on an H100 with pages of 64 tokens: docs/gpu_tuning.md.
 PLANES = DecodeConfig(
-    warps=1,
-    stages=2,
-    transposed=True,
-    mask_all=False,
-    wave=1056,
-    least_tokens=64,
+    warps=1, stages=3, transposed=True, mask_all=False, least_tokens=64, at_once=8
 )
-# 128 rows in 8 warps fill an SM's registers: one program each.
-SMS = 132  # of an H100
-CHUNK = DecodeConfig(warps=8, stages=2, mask_all=False, programs=SMS, wave=SMS, enough=SMS)
-PLANES_64 = dataclasses.replace(PLANES, block=128, least_tokens=128)
-# tq4's kernel gets 168 registers at head_dim 128: 12 programs an SM, not 8. A wave too small for
-# the chip is dealt out unevenly: with 1056 programs it took 1.4 times as long.
-TWELVE = dict(programs=1584, wave=1584)
+UNIFORM = dataclasses.replace(PLANES, early_factors=True)  # values; keys have a codebook
 CONFIGS = {
     "exact": DecodeConfig(),
-    "exact_64": DecodeConfig(block=128),
-    "byte": DecodeConfig(warps=1, early_factors=True, wave=1056),
+    "byte": DecodeConfig(warps=1, early_factors=True, at_once=8),
     "byte_planes": DecodeConfig(mask_all=False, early_factors=True),
     "planes": PLANES,
-    "planes_64": PLANES_64,
-    "codebook": dataclasses.replace(PLANES, stages=3, **TWELVE),
-    # Keys in bytes, k8v4: fewer registers than tq4 in an offline compile, not timed since.
-    "mixed": dataclasses.replace(PLANES, **TWELVE),
-    "uniform": dataclasses.replace(PLANES, early_factors=True),  # values, keys with a codebook
-    "uniform_64": dataclasses.replace(PLANES_64, early_factors=True),
-    "three": dataclasses.replace(PLANES, stages=3),
-    "chunk": dataclasses.replace(CHUNK, block=128),
-    "chunk_64": CHUNK,  # codes, and wide heads
+    "two": PLANES,  # values of 2 bits
+    "uniform": UNIFORM,
+    "mixed": dataclasses.replace(PLANES, stages=2),  # keys in bytes
 }
+# At head_dim 128 and up to 16 rows it is known how many programs an SM has room for, and one wave
+# of them is best: shared memory pins it, as registers are the compiler's choice. A grid smaller
+# than the chip fills some SMs and leaves others idle; elsewhere three waves lose less to that.
+ONE_WAVE = {
+    "exact": dict(at_once=3),
+    "planes": dict(stages=4),
+    "uniform": dict(stages=4),
+    "mixed": dict(at_once=12),
+}
+# 128 rows in 8 warps fill an SM's registers.
+CHUNK = DecodeConfig(warps=8, stages=2, mask_all=False, at_once=1, waves=1, whole=True)
+SMS = 132  # of an H100
+MOST_BYTES = 2**15  # of a block's exact keys and values
 
 
 def choose_config(k: Reader, v: Reader, rows: int, window: int | None = None) -> DecodeConfig:
     """Tile sizes for a pair of readers and `rows` query rows a kv head."""
-    small = "_64" if k.head_dim <= 64 else ""
+    kind = _kind(k, v)
+    config = CONFIGS[kind]
+    if rows > 16 and config.transposed:
+        config = dataclasses.replace(config, warps=4, at_once=4)
+    config = dataclasses.replace(config, block=_block(config, k, v, rows, window))
+    if k.head_dim == 128 and rows <= 16:
+        config = dataclasses.replace(config, **({"waves": 1} | ONE_WAVE.get(kind, {})))
+    return config
+
+
+def _block(config: DecodeConfig, k: Reader, v: Reader, rows: int, window: int | None) -> int:
+    """Tokens of a block: about as many values, whatever the head_dim."""
+    if rows > 16 and config.transposed:
+        return 64
     if not isinstance(k, PlanesReader) and not isinstance(v, PlanesReader):
-        if k.arrays != ("k",):
-            return CONFIGS["byte"]
-        few_blocks = window is not None and window < 1024
-        return CONFIGS["exact" if rows > 16 or few_blocks else "exact" + small]
-    if isinstance(k, PlanesReader) and isinstance(v, PlanesReader) and k.width == v.width == 8:
-        return CONFIGS["byte_planes"]
-    config = CONFIGS[_planes_kind(k, v)]
-    if rows <= 16:
-        return config
-    return dataclasses.replace(config, block=64, warps=4, programs=1056, wave=1056)
+        few = rows > 16 or (window is not None and window < 1024)
+        block = min(MOST_BYTES // (k.token_bytes + v.token_bytes), 64 if few else 128)
+        return max(1 << block.bit_length() - 1, LEAST_COLUMNS)
+    if k.head_dim > 128:
+        return 32
+    # A third bit's words would repeat, and registers overflow.
+    long = k.head_dim <= 64 and config.transposed and not _has_third_bit(k, v)
+    return 128 if long else 64
 
 
-def _planes_kind(k: Reader, v: Reader) -> str:
-    small = "_64" if k.head_dim <= 64 else ""
-    if any(len(side.arrays) > 1 for side in (k, v)):
-        return "three"
+def _has_third_bit(*sides: Reader) -> bool:
+    return any(len(side.arrays) > 1 for side in sides)
+
+
+def _kind(k: Reader, v: Reader) -> str:
+    if not isinstance(k, PlanesReader) and not isinstance(v, PlanesReader):
+        return "exact" if k.arrays == ("k",) else "byte"
     if not isinstance(k, PlanesReader) or not isinstance(v, PlanesReader):
-        return "mixed" if k.head_dim == 128 else "planes" + small
-    if not v.levels.coefficients:
-        return "uniform" + small
-    return "codebook" if k.head_dim == 128 else "planes" + small
+        return "mixed"
+    if k.width == v.width == 8:
+        return "byte_planes"
+    if 8 in (k.width, v.width):
+        return "mixed"
+    if v.levels.bits == 2:
+        return "two"
+    return "planes" if v.levels.coefficients or v.levels.bits == 3 else "uniform"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -222,11 +235,13 @@ def paged_attention(
         sink_pages = sink_table.shape[1]
         most_pages += sink_pages
         page_table = jnp.concatenate([sink_table, page_table], axis=1)
+    at_once = config.programs or config.at_once * _count_sms(interpret)
+    wanted = at_once * (1 if config.programs else config.waves)
     least_pages = max(1, config.least_tokens // page_size)
     programs = program_bound(
-        batch, most_pages, wanted=max(1, config.programs // kv_heads), least_pages=least_pages
+        batch, most_pages, wanted=max(1, wanted // kv_heads), least_pages=least_pages
     )
-    enough = config.enough is not None and batch * kv_heads >= config.enough
+    fills = batch * kv_heads >= at_once
     case = Case(
         k=k,
         v=v,
@@ -242,7 +257,7 @@ def paged_attention(
         sink_pages=sink_pages,
         lag=lag,
         soft_cap=soft_cap,
-        direct=most_pages <= least_pages or enough,
+        direct=most_pages <= least_pages or (config.whole and fills),
         asm=not interpret,
     )
     scalars = dict(
@@ -258,16 +273,14 @@ def paged_attention(
     if case.direct:
         programs = batch
     else:
-        # Many sequences fill the chip by themselves.
-        good_tokens = config.good_tokens if batch * kv_heads < config.wave else 1
         work = plan_work(
             span.pages,
             programs=programs,
-            fewest=max(1, config.wave // kv_heads),
-            good_pages=max(1, good_tokens // page_size),
+            fewest=max(1, at_once // kv_heads),
+            good_pages=1 if fills else max(1, config.good_tokens // page_size),
             least_pages=least_pages,
         )
-        names = ("size", "first", "stop", "sequence", "before")
+        names = ("low", "high", "first", "stop", "sequence", "before")
         scalars |= {name: getattr(work, name) for name in names}
     if coded:
         q = pages.layout.codec.key.rotate(q) * (scale * LOG2E)
@@ -318,6 +331,10 @@ def paged_attention(
     return out.astype(out_dtype), lse
 
 
+def _count_sms(interpret: bool) -> int:
+    return SMS if interpret else getattr(jax.devices()[0], "core_count", SMS)
+
+
 def default_config(pages: Pages, *, rows: int, window: int | None = None) -> DecodeConfig:
     """Tile sizes that `paged_attention` takes by itself for `rows` query rows a kv head."""
     k, v, _, _ = _readers(pages, pages.dims["head_dim"])
@@ -326,8 +343,8 @@ def default_config(pages: Pages, *, rows: int, window: int | None = None) -> Dec
 
 def chunk_config(pages: Pages) -> DecodeConfig:
     """Tile sizes for blocks of a prompt's chunk (`gpu_chunks`)."""
-    wide = not isinstance(pages, CodedPages) and pages.dims["head_dim"] <= 128
-    return CONFIGS["chunk" if wide else "chunk_64"]
+    large = not isinstance(pages, CodedPages) and pages.dims["head_dim"] <= 128
+    return dataclasses.replace(CHUNK, block=128 if large else 64)
 
 
 def check(pages: Pages, *, q_tokens: int, group: int) -> None:
@@ -471,14 +488,14 @@ def _kernel(*args, names, case: Case, config: DecodeConfig):
         span = _read_span(refs, program, case)
         attend(_Item(program, jnp.int32(0), span.pages, span, None))
         return
-    size = refs["size"][0]
+    low, high = refs["low"][program], refs["high"][program]
 
     def step(k, _):
-        b = refs["sequence"][k]
+        b, before = refs["sequence"][k], refs["before"][k]
         span = _read_span(refs, b, case)
-        start = program * size - refs["before"][k]
-        stop = jnp.minimum(start + size, span.pages)
-        attend(_Item(b, jnp.maximum(start, 0), stop, span, program + k))
+        start = jnp.maximum(low - before, 0)
+        stop = jnp.minimum(high - before, span.pages)
+        attend(_Item(b, start, stop, span, program + k))
 
     jax.lax.fori_loop(refs["first"][program], refs["stop"][program], step, None)
 

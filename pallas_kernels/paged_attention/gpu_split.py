@@ -17,6 +17,7 @@ from jax.experimental.pallas import triton as plgpu
 LN2 = 0.6931471805599453
 # A finite running maximum for rows that have seen nothing, so that no -inf - -inf appears.
 NOTHING_SEEN = -1e30
+TRIES = 9  # sizes of whole parts that are tried, from the even share to a sixteenth more
 PARTS_AT_ONCE = 4, 64  # least and most that are merged in one step: near a sequence's mean
 
 
@@ -68,15 +69,16 @@ def span_pages(
 class WorkList(NamedTuple):
     """Which pages each program attends, and where the parts of a sequence are.
 
-    The pages of all sequences stand in a row, and program `p` has `size` of them from `p * size`
-    on. Sequences that have pages are counted by `k`, in order; what program `p` finds in sequence
-    `k` is part `p + k`: from one part to the next `p` or `k` grows, so none has two owners, and
-    those of a sequence are neighbours.
+    The pages of all sequences stand in a row, and each program has a stretch of it. Sequences that
+    have pages are counted by `k`, in order; what program `p` finds in sequence `k` is part `p + k`:
+    from one part to the next `p` or `k` grows, so none has two owners, and those of a sequence
+    are neighbours.
     """
 
-    size: jax.Array  # i32[1]
-    first: jax.Array  # i32[programs], first sequence `k` of a program
-    stop: jax.Array  # i32[programs], one past its last one
+    low: jax.Array  # i32[programs], first page of a program's stretch
+    high: jax.Array  # i32[programs], one past its last
+    first: jax.Array  # i32[programs], first sequence `k` of the stretch
+    stop: jax.Array  # i32[programs], one past its last
     sequence: jax.Array  # i32[batch], by `k`
     before: jax.Array  # i32[batch], pages of all sequences before `k`
     first_part: jax.Array  # i32[batch]
@@ -88,6 +90,9 @@ def plan_work(
 ) -> WorkList:
     """Shares pages out evenly among programs, whatever the lengths of sequences.
 
+    Where whole parts of sequences are nearly as even, programs take those: each sequence that one
+    begins costs it a start.
+
     Args:
       pages: `i32[batch]`, pages of each sequence.
       programs: as many as are launched, all of them used where there are enough pages.
@@ -95,29 +100,42 @@ def plan_work(
       good_pages: pages from which on a program's own costs (start, merge) do not matter.
       least_pages: no share is smaller.
     """
-    batch = pages.shape[0]
     # Comparisons instead of scans and searches: each is one small fused reduction.
+    batch = pages.shape[0]
     b = jnp.arange(batch, dtype=jnp.int32)
     until, used = b[None] <= b[:, None], pages[None] > 0
     count = lambda x: jnp.sum(x, axis=1, dtype=jnp.int32)
-    end = count(jnp.where(until, pages[None], 0))
-    rank = count(until & used)
+    up_to = lambda x: count(jnp.where(until, x[None], 0))
+    end, rank = up_to(pages), count(until & used)
     total = jnp.sum(pages)
-    size = jnp.maximum(
+    even = jnp.maximum(
         pl.cdiv(total, programs), jnp.minimum(good_pages, pl.cdiv(total, min(fewest, programs)))
     )
-    size = jnp.maximum(size, least_pages)
-    low = jnp.arange(programs, dtype=jnp.int32)[:, None] * size
+    even = jnp.maximum(even, least_pages)
+
+    sizes = even + even * jnp.arange(TRIES, dtype=jnp.int32) // (16 * (TRIES - 1))
+    fits = count(pl.cdiv(pages[None], sizes[:, None])) <= programs
+    is_whole = jnp.any(fits)
+    size = jnp.min(jnp.where(fits, sizes, sizes[-1]))
+    parts = pl.cdiv(pages, size)
+    first = jnp.where(is_whole, up_to(parts) - parts, (end - pages) // even)
+    parts = jnp.where(is_whole, parts, jnp.where(pages > 0, (end - 1) // even + 1 - first, 0))
+
+    p = jnp.arange(programs + 1, dtype=jnp.int32)
+    done = jnp.clip(p[:, None] - first[None], 0, parts[None])
+    whole = count(done * pages[None] // jnp.maximum(parts[None], 1))
+    edge = jnp.minimum(jnp.where(is_whole, whole, p * even), total)
+    low, high = edge[:-1], edge[1:]
     earlier = rank[None] <= b[:, None]
-    first = (end - pages) // size
     return WorkList(
-        size=size.reshape(1),
-        first=count(used & (end[None] <= low)),
-        stop=count(used & ((end - pages)[None] < low + size)),
+        low=low,
+        high=high,
+        first=count(used & (end[None] <= low[:, None])),
+        stop=count(used & ((end - pages)[None] < high[:, None])),
         sequence=jnp.minimum(count(earlier), batch - 1),
         before=count(jnp.where(earlier, pages[None], 0)),
         first_part=first + rank - 1,
-        part_count=jnp.where(pages > 0, (end - 1) // size + 1 - first, 0),
+        part_count=parts,
     )
 
 
