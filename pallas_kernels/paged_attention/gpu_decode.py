@@ -76,28 +76,24 @@ class DecodeConfig:
 
 # By the kind of codes, measured on an H100 with pages of 64 tokens: docs/gpu_tuning.md.
 PLANES = DecodeConfig(
-    warps=1, stages=3, transposed=True, mask_all=False, least_tokens=64, at_once=8
+    warps=1, transposed=True, mask_all=False, early_factors=True, least_tokens=64, at_once=8
 )
-UNIFORM = dataclasses.replace(PLANES, early_factors=True)  # values; keys have a codebook
 CONFIGS = {
     "exact": DecodeConfig(),
     "byte": DecodeConfig(warps=1, early_factors=True, at_once=8),
     "float8": DecodeConfig(mask_all=False, early_factors=True),
     "int8": DecodeConfig(mask_all=False, early_factors=True),
     "planes": PLANES,
-    "two": PLANES,  # values of 2 bits
-    "uniform": UNIFORM,
-    "mixed": dataclasses.replace(PLANES, stages=2),  # keys in bytes
+    "two": dataclasses.replace(PLANES, early_factors=False),  # values of 2 bits
+    "mixed": dataclasses.replace(PLANES, stages=2, early_factors=False),  # keys in bytes
 }
 # At head_dim 128 and up to 16 rows it is known how many programs an SM has room for, and one wave
 # of them is best: shared memory pins it, as registers are the compiler's choice. A grid smaller
 # than the chip fills some SMs and leaves others idle; elsewhere three waves lose less to that.
 ONE_WAVE = {
     "exact": dict(at_once=3),
-    "int8": dict(at_once=3),
+    "int8": dict(at_once=3, waves=2),
     "planes": dict(stages=4),
-    "uniform": dict(stages=4),
-    "mixed": dict(at_once=12),
 }
 # Blocks of a prompt's chunk: 128 rows in 8 warps fill an SM's registers.
 CHUNK = DecodeConfig(warps=8, mask_all=False, at_once=1, waves=1, whole=True)
@@ -145,9 +141,7 @@ def _kind(k: Reader, v: Reader) -> str:
         return "float8" if k.bytes_are.startswith("float8") else "int8"
     if 8 in (k.width, v.width):
         return "mixed"
-    if v.levels.bits == 2:
-        return "two"
-    return "planes" if v.levels.coefficients or v.levels.bits == 3 else "uniform"
+    return "two" if v.levels.bits == 2 else "planes"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
