@@ -107,7 +107,9 @@ def choose_config(k: Reader, v: Reader, rows: int, window: int | None = None) ->
     config = CONFIGS[kind]
     if rows > 16 and config.transposed:
         config = dataclasses.replace(config, warps=4, at_once=4)
-    config = dataclasses.replace(config, block=_block(config, k, v, rows, window))
+    block = _block(config, k, v, rows, window)
+    least_tokens = max(block, config.least_tokens)
+    config = dataclasses.replace(config, block=block, least_tokens=least_tokens)
     if k.head_dim == 128 and rows <= 16:
         config = dataclasses.replace(config, **({"waves": 1} | ONE_WAVE.get(kind, {})))
     return config
