@@ -87,9 +87,10 @@ CONFIGS = {
     "two": dataclasses.replace(PLANES, early_factors=False),  # values of 2 bits
     "mixed": dataclasses.replace(PLANES, stages=2, early_factors=False),  # keys in bytes
 }
-# At head_dim 128 and up to 16 rows it is known how many programs an SM has room for, and one wave
-# of them is best: shared memory pins it, as registers are the compiler's choice. A grid smaller
-# than the chip fills some SMs and leaves others idle; elsewhere three waves lose less to that.
+# For up to 16 rows at head_dim 128, and exact blocks of MOST_BYTES, it is known how many programs an
+# SM has room for, and one wave of them is best: shared memory pins it, as registers are the
+# compiler's choice. A grid smaller than what the chip has room for fills some SMs and leaves others
+# idle; elsewhere three waves lose less to that.
 ONE_WAVE = {
     "exact": dict(at_once=3),
     "int8": dict(at_once=3, waves=2),
@@ -110,7 +111,8 @@ def choose_config(k: Reader, v: Reader, rows: int, window: int | None = None) ->
     block = _block(config, k, v, rows, window)
     least_tokens = max(block, config.least_tokens)
     config = dataclasses.replace(config, block=block, least_tokens=least_tokens)
-    if k.head_dim == 128 and rows <= 16:
+    full = kind == "exact" and block * (k.token_bytes + v.token_bytes) == MOST_BYTES
+    if rows <= 16 and (k.head_dim == 128 or full):
         config = dataclasses.replace(config, **({"waves": 1} | ONE_WAVE.get(kind, {})))
     return config
 
