@@ -87,8 +87,8 @@ CONFIGS = {
     "two": dataclasses.replace(PLANES, early_factors=False),  # values of 2 bits
     "mixed": dataclasses.replace(PLANES, stages=2, early_factors=False),  # keys in bytes
 }
-# For up to 16 rows at head_dim 128, and exact blocks of MOST_BYTES, it is known how many programs an
-# SM has room for, and one wave of them is best: shared memory pins it, as registers are the
+# For up to 16 rows at head_dim 128, and exact blocks of MOST_BYTES, it is known how many programs
+# an SM has room for, and one wave of them is best: shared memory pins it, as registers are the
 # compiler's choice. A grid smaller than what the chip has room for fills some SMs and leaves others
 # idle; elsewhere three waves lose less to that.
 ONE_WAVE = {
