@@ -1,4 +1,4 @@
-"""Tile sizes of the GPU decode kernel for one case: what to write into `gpu_decode.CONFIGS`.
+"""Tile sizes of the GPU decode kernel for one case: what to write into `gpu_tiles`.
 
 It goes from the default one field at a time, keeps what is faster, and goes round again. Pages hold
 random words, since no tile size hangs on what they mean; each setting's output is compared with the
@@ -21,7 +21,7 @@ from rich.console import Console
 
 from jaxkv.codecs import get_codec
 from pallas_kernels.paged_attention import gpu_decode
-from pallas_kernels.paged_attention.gpu_decode import DecodeConfig
+from pallas_kernels.paged_attention.gpu_tiles import DecodeConfig
 from pallas_kernels.segments import add_learned_sink
 from pallas_kernels.visibility import seen_span
 from scripts import bench_decode

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.paged_attention import gpu_decode
+from pallas_kernels.paged_attention.gpu_tiles import chunk_config
 from pallas_kernels.pages import Pages
 from pallas_kernels.visibility import PageLag, seen_span
 
@@ -79,7 +80,7 @@ def paged_attention(
         window=window,
         sink_tokens=sink_tokens,
         lag=lag,
-        config=gpu_decode.chunk_config(pages),
+        config=chunk_config(pages),
         **options,
     )
     out = out.reshape(batch, blocks * size, q_heads, head_dim)

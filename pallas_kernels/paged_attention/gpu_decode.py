@@ -2,9 +2,8 @@
 
 One program takes a share of the pages (`gpu_split`) of one kv head, sequence by sequence: it loads
 a block of tokens, turns words into dot operands in registers (`gpu_dequant`), and keeps an online
-softmax in base 2. Scale
-and zero of a token enter as a factor on scores and probabilities and a rank-1 sum, so codes are
-never dequantized one by one. Blocks that all rows see whole carry no mask.
+softmax in base 2. Scale and zero of a token enter as a factor on scores and probabilities and a
+rank-1 sum, so codes are never dequantized one by one. Blocks that all rows see whole carry no mask.
 """
 
 import dataclasses
@@ -18,8 +17,8 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from pallas_kernels.paged_attention.gpu_case import Axes, Case, read_span, row_index, table_slot
 from pallas_kernels.paged_attention.gpu_dequant import (
-    LEAST_COLUMNS,
     PlanesReader,
     Reader,
     Where,
@@ -27,8 +26,8 @@ from pallas_kernels.paged_attention.gpu_dequant import (
     exact_reader,
     exp2,
     factor_value,
-    split_columns,
 )
+from pallas_kernels.paged_attention.gpu_means import load_bias, mean_scores
 from pallas_kernels.paged_attention.gpu_split import (
     LN2,
     NOTHING_SEEN,
@@ -38,11 +37,12 @@ from pallas_kernels.paged_attention.gpu_split import (
     program_bound,
     span_pages,
 )
+from pallas_kernels.paged_attention.gpu_tiles import DecodeConfig, choose_config, count_sms
 from pallas_kernels.pages import CodedPages, Pages
-from pallas_kernels.visibility import PageLag, visible
+from pallas_kernels.visibility import visible
 
 if TYPE_CHECKING:  # codecs lie above the kernels
-    from jaxkv.codecs.token_major import FactorPlace, TokenMajor
+    from jaxkv.codecs.token_major import TokenMajor
 
 LOG2E = 1.4426950408889634
 HEAD_DIMS = (64, 80, 96, 128, 192, 256)
@@ -52,131 +52,6 @@ FLOAT16_MAX = 65504.0
 # float16 probabilities are up to 2^4, not 1: small ones keep their bits, and factors up to 4094
 # fit beside them (larger ones saturate, as those of a token that is not finite do).
 FLOAT16_OFFSET = 4.0
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DecodeConfig:
-    """Tile sizes: they change speed, never results beyond rounding."""
-
-    block: int = 64  # tokens a step
-    warps: int = 4
-    stages: int = 3
-    transposed: bool = False  # tokens, not query rows, on the long side of the dots
-    mask_all: bool = True  # one masked loop, or one without a mask and one for the edges
-    # Factors before the words, not after the scores, when fewer registers are in use.
-    early_factors: bool = False
-    lookups: str = "kv"  # sides whose levels are looked up where there is a table, else computed
-    good_tokens: int = 4096  # of a program, where that leaves as many as run at once
-    least_tokens: int = 256  # of a program
-    at_once: int = 4  # programs that an SM has room for
-    waves: int = 3  # of programs that run at once, to share pages among
-    programs: int | None = None  # to share pages among, in place of the two above
-    whole: bool = False  # whether sequences that fill the chip by themselves are left whole
-
-
-# By the kind of codes, measured on an H100 with pages of 64 tokens: docs/gpu_tuning.md.
-PLANES = DecodeConfig(
-    warps=1, transposed=True, mask_all=False, early_factors=True, least_tokens=64, at_once=8
-)
-CONFIGS = {
-    "exact": DecodeConfig(),
-    "byte": DecodeConfig(warps=1, early_factors=True, at_once=8),
-    "float8": DecodeConfig(mask_all=False, early_factors=True),
-    "int8": DecodeConfig(mask_all=False, early_factors=True),
-    "planes": PLANES,
-    "two": dataclasses.replace(PLANES, early_factors=False),  # values of 2 bits
-    "mixed": dataclasses.replace(PLANES, stages=2, early_factors=False),  # keys in bytes
-}
-# For up to 16 rows at head_dim 128, and exact blocks of MOST_BYTES, it is known how many programs
-# an SM has room for, and one wave of them is best: shared memory pins it, as registers are the
-# compiler's choice. A grid smaller than what the chip has room for fills some SMs and leaves others
-# idle; elsewhere three waves lose less to that.
-ONE_WAVE = {
-    "exact": dict(at_once=3),
-    "int8": dict(at_once=3, waves=2),
-    "planes": dict(stages=4),
-}
-# Blocks of a prompt's chunk: 128 rows in 8 warps fill an SM's registers.
-CHUNK = DecodeConfig(warps=8, mask_all=False, at_once=1, waves=1, whole=True)
-SMS = 132  # of an H100
-MOST_BYTES = 2**15  # of a block's exact keys and values
-
-
-def choose_config(k: Reader, v: Reader, rows: int, window: int | None = None) -> DecodeConfig:
-    """Tile sizes for a pair of readers and `rows` query rows a kv head."""
-    kind = _kind(k, v)
-    config = CONFIGS[kind]
-    if rows > 16 and config.transposed:
-        config = dataclasses.replace(config, warps=4, at_once=4)
-    block = _block(config, k, v, rows, window)
-    least_tokens = max(block, config.least_tokens)
-    config = dataclasses.replace(config, block=block, least_tokens=least_tokens)
-    full = kind == "exact" and block * (k.token_bytes + v.token_bytes) == MOST_BYTES
-    if rows <= 16 and (k.head_dim == 128 or full):
-        config = dataclasses.replace(config, **({"waves": 1} | ONE_WAVE.get(kind, {})))
-    return config
-
-
-def _block(config: DecodeConfig, k: Reader, v: Reader, rows: int, window: int | None) -> int:
-    """Tokens of a block: about as many values, whatever the head_dim."""
-    if rows > 16 and config.transposed:
-        return 64
-    if not isinstance(k, PlanesReader) and not isinstance(v, PlanesReader):
-        few = rows > 16 or (window is not None and window < 1024)
-        block = min(MOST_BYTES // (k.token_bytes + v.token_bytes), 64 if few else 128)
-        return max(1 << block.bit_length() - 1, LEAST_COLUMNS)
-    if k.head_dim > 128:
-        return 32
-    # A third bit's words would repeat, and registers overflow.
-    long = k.head_dim <= 64 and config.transposed and not _has_third_bit(k, v)
-    return 128 if long else 64
-
-
-def _has_third_bit(*sides: Reader) -> bool:
-    return any(len(side.arrays) > 1 for side in sides)
-
-
-def _kind(k: Reader, v: Reader) -> str:
-    if not isinstance(k, PlanesReader) and not isinstance(v, PlanesReader):
-        return "exact" if k.arrays == ("k",) else "byte"
-    if not isinstance(k, PlanesReader) or not isinstance(v, PlanesReader):
-        return "mixed"
-    if k.width == v.width == 8:
-        return "float8" if k.bytes_are.startswith("float8") else "int8"
-    if 8 in (k.width, v.width):
-        return "mixed"
-    return "two" if v.levels.bits == 2 else "planes"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Case:
-    """What is static in a call, beside the config."""
-
-    k: Reader
-    v: Reader
-    k_factors: "tuple[FactorPlace, ...]"
-    v_factors: "tuple[FactorPlace, ...]"
-    has_mean: bool
-    page_size: int
-    group: int
-    q_tokens: int
-    score_scale: float  # what is not in q already, log2(e) included
-    window: int | None
-    sink_tokens: int
-    sink_pages: int  # slots of the table before the ring's
-    lag: PageLag | None
-    soft_cap: float | None
-    direct: bool  # a program a sequence, no parts to merge
-    asm: bool
-
-    @property
-    def rows(self) -> int:
-        return self.group * self.q_tokens
-
-    @property
-    def masks_rows(self) -> bool:
-        """Whether rows see different keys of a span."""
-        return self.q_tokens > 1 or (self.window is not None and self.sink_tokens > 0)
 
 
 def paged_attention(
@@ -235,7 +110,7 @@ def paged_attention(
         sink_pages = sink_table.shape[1]
         most_pages += sink_pages
         page_table = jnp.concatenate([sink_table, page_table], axis=1)
-    at_once = config.programs or config.at_once * _count_sms(interpret)
+    at_once = config.programs or config.at_once * count_sms(interpret)
     wanted = at_once * (1 if config.programs else config.waves)
     least_pages = max(1, config.least_tokens // page_size)
     programs = program_bound(
@@ -286,7 +161,7 @@ def paged_attention(
         q = pages.layout.codec.key.rotate(q) * (scale * LOG2E)
         q = jnp.clip(q, -FLOAT16_MAX, FLOAT16_MAX).astype(k.dtype)
         if case.has_mean:
-            scalars["bias"] = _mean_scores(
+            scalars["bias"] = mean_scores(
                 q, pages.key_mean, scalars, case, config, pages=most_pages, interpret=interpret
             )
         q = _permute(q, np.concatenate(k.dims))
@@ -331,20 +206,10 @@ def paged_attention(
     return out.astype(out_dtype), lse
 
 
-def _count_sms(interpret: bool) -> int:
-    return SMS if interpret else getattr(jax.devices()[0], "core_count", SMS)
-
-
 def default_config(pages: Pages, *, rows: int, window: int | None = None) -> DecodeConfig:
     """Tile sizes that `paged_attention` takes by itself for `rows` query rows a kv head."""
     k, v, _, _ = _readers(pages, pages.dims["head_dim"])
     return choose_config(k, v, rows, window)
-
-
-def chunk_config(pages: Pages) -> DecodeConfig:
-    """Tile sizes for blocks of a prompt's chunk (`gpu_chunks`)."""
-    large = not isinstance(pages, CodedPages) and pages.dims["head_dim"] > 128
-    return dataclasses.replace(CHUNK, block=32) if large else CHUNK
 
 
 def check(pages: Pages, *, q_tokens: int, group: int) -> None:
@@ -403,96 +268,19 @@ class _Item:
     part: jax.Array | None  # where its result goes; None for the output itself
 
 
-def _read_span(refs, b, case: Case) -> SpanPages:
-    sinks = (refs["sink_start"][b], refs["sink_stop"][b]) if case.sink_pages else None
-    return span_pages(
-        refs["q_start"][b],
-        refs["kv_start"][b],
-        refs["kv_stop"][b],
-        page_size=case.page_size,
-        window=case.window,
-        sink_tokens=case.sink_tokens,
-        sink_span=sinks,
-    )
-
-
-def _table_slot(logical, refs, case: Case):
-    """Where the table has a logical page: sink pages stand before the ring."""
-    width = refs["table"].shape[1]
-    if not case.sink_pages:
-        return logical % width
-    ring = case.sink_pages + logical % (width - case.sink_pages)
-    return jnp.where(logical < case.sink_pages, logical, ring)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Axes:
-    """Orientation of scores and outputs: tokens (or dims) by rows, or rows by them."""
-
-    transposed: bool
-
-    @property
-    def tokens(self) -> int:
-        return 0 if self.transposed else 1
-
-    def by_row(self, x):
-        return x[None, :] if self.transposed else x[:, None]
-
-    def by_token(self, x):
-        return x[:, None] if self.transposed else x[None, :]
-
-    def scores(self, k, q):
-        """Of keys `[tokens, columns]` and queries `[rows, columns]`."""
-        return _dot(k, q.T) if self.transposed else _dot(q, k.T)
-
-    def outputs(self, p, v):
-        """Of probabilities and values in this orientation."""
-        return _dot(v, p) if self.transposed else _dot(p, v)
-
-    def shape(self, rows, n):
-        return (n, rows) if self.transposed else (rows, n)
-
-    # A sum over tokens. Where warps share a row's tokens, adding them up is a trip through shared
-    # memory: each place of a block then keeps its own sum, and one trip at the end is enough.
-
-    def no_sum(self, rows, block):
-        return jnp.zeros((rows,) if self.transposed else (rows, block), jnp.float32)
-
-    def add(self, total, shrink, x):
-        if self.transposed:
-            return total * shrink + jnp.sum(x, axis=0)
-        return total * shrink[:, None] + x
-
-    def total(self, total):
-        return total if self.transposed else jnp.sum(total, axis=1)
-
-
-def _dot(a, b):
-    precision = "highest" if a.dtype == jnp.float32 else None
-    return jnp.dot(a, b, precision=precision, preferred_element_type=jnp.float32)
-
-
-def _row_index(rows: int, case: Case):
-    """Query token and head of a kv head's rows; padding rows repeat the last one."""
-    row = jnp.minimum(jnp.arange(rows, dtype=jnp.int32), case.rows - 1)
-    if case.q_tokens == 1:
-        return jnp.zeros_like(row), row
-    return row // case.group, row % case.group
-
-
 def _kernel(*args, names, case: Case, config: DecodeConfig):
     refs = dict(zip(names, args, strict=False))
     h, program = pl.program_id(0), pl.program_id(1)
     attend = functools.partial(_attend, refs, *args[len(names) :], h, case=case, config=config)
     if case.direct:
-        span = _read_span(refs, program, case)
+        span = read_span(refs, program, case)
         attend(_Item(program, jnp.int32(0), span.pages, span, None))
         return
     low, high = refs["low"][program], refs["high"][program]
 
     def step(k, _):
         b, before = refs["sequence"][k], refs["before"][k]
-        span = _read_span(refs, b, case)
+        span = read_span(refs, b, case)
         start = jnp.maximum(low - before, 0)
         stop = jnp.minimum(high - before, span.pages)
         attend(_Item(b, start, stop, span, program + k))
@@ -506,9 +294,9 @@ def _attend(refs, out_ref, lse_ref, h, item: _Item, *, case: Case, config: Decod
     b, span, layer = item.b, item.span, refs["layer"][0]
     kv_start, kv_stop = refs["kv_start"][b], refs["kv_stop"][b]
     q_start, q_len = refs["q_start"][b], refs["q_lens"][b]
-    axes = _Axes(config.transposed)
+    axes = Axes(config.transposed)
     rows = max(8 if config.transposed else 16, pl.next_power_of_2(case.rows))
-    row_token, row_head = _row_index(rows, case)
+    row_token, row_head = row_index(rows, case)
     row_head = row_head + h * case.group
     q = [
         refs["q"][b, row_token, row_head, pl.ds(int(start), size)].astype(case.k.dtype)
@@ -552,7 +340,7 @@ def _attend(refs, out_ref, lse_ref, h, item: _Item, *, case: Case, config: Decod
         if page_size < block:
             token = token + jnp.arange(block, dtype=jnp.int32)
         position = span.position(token, page_size)
-        return position, _table_slot(position // page_size, refs, case)
+        return position, table_slot(position // page_size, refs, case)
 
     def look_up(i):
         """What the table holds for a block: one page, or one for every token."""
@@ -613,7 +401,7 @@ def _attend(refs, out_ref, lse_ref, h, item: _Item, *, case: Case, config: Decod
         if row_sum is not None:
             s = s + axes.by_token(k_factors[1]) * row_sum
         if case.has_mean:
-            s = s + _load_bias(refs["bias"], b, where, axes, rows)
+            s = s + load_bias(refs["bias"], b, where, axes, rows)
         if case.soft_cap is not None:
             cap = case.soft_cap * LOG2E
             s = cap * jnp.tanh(s * (1.0 / cap))
@@ -739,79 +527,3 @@ def _whole_span(case: Case, q_start, q_len, kv_start, kv_stop):
             low = jnp.maximum(low, ((q_stop - 1) // size - case.lag.most + 1) * size)
         high = jnp.minimum(high, (q_start // size - case.lag.least + 1) * size)
     return low, high
-
-
-def _load_bias(bias_ref, b, where: Where, axes: _Axes, rows: int):
-    """Scores of the pages' means, ready to be added: `bias[b, h, slot of the table, row]`."""
-    if jnp.ndim(where.page) == 0:
-        return axes.by_row(bias_ref[b, where.head, where.place, pl.ds(0, rows)])
-    shape = axes.shape(rows, where.tokens)
-    slot = jnp.broadcast_to(axes.by_token(where.place), shape)
-    row = jnp.broadcast_to(axes.by_row(jnp.arange(rows, dtype=jnp.int32)), shape)
-    at = bias_ref.at[b, where.head, slot, row]
-    if where.inside is None:
-        return plgpu.load(at)
-    inside = jnp.broadcast_to(axes.by_token(where.inside), shape)
-    return plgpu.load(at, mask=inside, other=0.0)
-
-
-def _mean_scores(q, mean, scalars, case: Case, config: DecodeConfig, *, pages, interpret):
-    """`q . mean` of every page that is read: `f32[batch, kv_heads, width, rows]`, others unset."""
-    rows = max(8 if config.transposed else 16, pl.next_power_of_2(case.rows))
-    names = ("layer", "q_start", "kv_start", "kv_stop", "sink_start", "sink_stop", "table")
-    refs = {name: scalars[name] for name in names if name in scalars} | dict(q=q, mean=mean)
-    batch, width = scalars["table"].shape
-    kv_heads = mean.shape[2]
-    [bias] = pl.pallas_call(
-        functools.partial(_mean_kernel, names=tuple(refs), case=case, rows=rows),
-        out_shape=[jax.ShapeDtypeStruct((batch, kv_heads, width, rows), jnp.float32)],
-        grid=(kv_heads, pl.cdiv(pages, MEAN_PAGES), batch),
-        compiler_params=plgpu.CompilerParams(num_warps=1 if rows <= 32 else 4, num_stages=1),
-        interpret=interpret,
-        name="paged_attention_mean",
-    )(*refs.values())
-    return bias
-
-
-MEAN_PAGES = 16  # of a program: a dot's least rows
-
-
-def _mean_kernel(*args, names, case: Case, rows: int):
-    refs = dict(zip(names, args, strict=False))
-    bias_ref = args[len(names)]
-    h, b, layer = pl.program_id(0), pl.program_id(2), refs["layer"][0]
-    span = _read_span(refs, b, case)
-    start = pl.program_id(1) * MEAN_PAGES
-
-    @pl.when(start < span.pages)
-    def _():
-        row_token, row_head = _row_index(rows, case)
-        row_head = row_head + h * case.group
-        ordinal = start + jnp.arange(MEAN_PAGES, dtype=jnp.int32)
-        inside = ordinal < span.pages
-        logical = span.position(ordinal * case.page_size, case.page_size) // case.page_size
-        slot = _table_slot(logical, refs, case)
-        page = plgpu.load(refs["table"].at[b, slot], mask=inside, other=0)
-        if refs["mean"].shape[1] == 1:  # one for all pages
-            page = jnp.zeros_like(page)
-        s = jnp.zeros((MEAN_PAGES, rows), jnp.float32)
-        for part, size in split_columns(refs["mean"].shape[3]):
-            q = refs["q"][b, row_token, row_head, pl.ds(part, size)]
-            shape = (MEAN_PAGES, size)
-            column = part + jnp.arange(size, dtype=jnp.int32)
-            pages, column = (jnp.broadcast_to(x, shape) for x in (page[:, None], column[None]))
-            mean = plgpu.load(
-                refs["mean"].at[layer, pages, h, column],
-                mask=jnp.broadcast_to(inside[:, None], shape),
-                other=jnp.zeros((), refs["mean"].dtype),
-            )
-            s = s + _dot(mean.astype(q.dtype), q.T)
-        row = jnp.broadcast_to(jnp.arange(rows, dtype=jnp.int32)[None], s.shape)
-        slot = jnp.where(
-            inside, slot, bias_ref.shape[2]
-        )  # out of bounds, for the interpreter as above
-        plgpu.store(
-            bias_ref.at[b, h, jnp.broadcast_to(slot[:, None], s.shape), row],
-            s,
-            mask=jnp.broadcast_to(inside[:, None], s.shape),
-        )

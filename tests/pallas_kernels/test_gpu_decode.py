@@ -23,13 +23,14 @@ from jaxkv.codecs.turboquant import TurboQuant
 from pallas_kernels.backends import interpret_kernels
 from pallas_kernels.dense_attention import dense_attention
 from pallas_kernels.paged_attention import gpu_decode, gpu_dequant, gpu_split, paged_attention
+from pallas_kernels.paged_attention.gpu_tiles import DecodeConfig
 from pallas_kernels.pages import CodedPages, ExactPages
 from pallas_kernels.visibility import PageLag, seen_span
 
 LAYERS, LAYER = 2, 1
 # Relative L2 error: rounding of probabilities, of queries of coded pages and of levels.
 TOLERANCE = {"float32": 1e-6, "float16": 1e-3, "bfloat16": 3e-3, "coded": 3e-3}
-SMALL = gpu_decode.DecodeConfig(block=32, programs=10, good_tokens=32, least_tokens=32)
+SMALL = DecodeConfig(block=32, programs=10, good_tokens=32, least_tokens=32)
 EDGES = dataclasses.replace(SMALL, mask_all=False)
 TRANSPOSED = dataclasses.replace(EDGES, transposed=True)
 

@@ -1,0 +1,113 @@
+"""Tile sizes of the GPU kernels, as data: what was measured, by the kind of codes and the shape."""
+
+import dataclasses
+
+import jax
+
+from pallas_kernels.paged_attention.gpu_dequant import LEAST_COLUMNS, PlanesReader, Reader
+from pallas_kernels.pages import CodedPages, Pages
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecodeConfig:
+    """Tile sizes: they change speed, never results beyond rounding."""
+
+    block: int = 64  # tokens a step
+    warps: int = 4
+    stages: int = 3
+    transposed: bool = False  # tokens, not query rows, on the long side of the dots
+    mask_all: bool = True  # one masked loop, or one without a mask and one for the edges
+    # Factors before the words, not after the scores, when fewer registers are in use.
+    early_factors: bool = False
+    lookups: str = "kv"  # sides whose levels are looked up where there is a table, else computed
+    good_tokens: int = 4096  # of a program, where that leaves as many as run at once
+    least_tokens: int = 256  # of a program
+    at_once: int = 4  # programs that an SM has room for
+    waves: int = 3  # of programs that run at once, to share pages among
+    programs: int | None = None  # to share pages among, in place of the two above
+    whole: bool = False  # whether sequences that fill the chip by themselves are left whole
+
+
+# By the kind of codes, measured on an H100 with pages of 64 tokens: docs/gpu_tuning.md.
+PLANES = DecodeConfig(
+    warps=1, transposed=True, mask_all=False, early_factors=True, least_tokens=64, at_once=8
+)
+CONFIGS = {
+    "exact": DecodeConfig(),
+    "byte": DecodeConfig(warps=1, early_factors=True, at_once=8),
+    "float8": DecodeConfig(mask_all=False, early_factors=True),
+    "int8": DecodeConfig(mask_all=False, early_factors=True),
+    "planes": PLANES,
+    "two": dataclasses.replace(PLANES, early_factors=False),  # values of 2 bits
+    "mixed": dataclasses.replace(PLANES, stages=2, early_factors=False),  # keys in bytes
+}
+# For up to 16 rows at head_dim 128, and exact blocks of MOST_BYTES, it is known how many programs
+# an SM has room for, and one wave of them is best (two of int8): shared memory pins it, as
+# registers are the compiler's choice. A grid smaller than what the chip has room for fills some SMs
+# and leaves others idle; elsewhere three waves lose less to that.
+PINNED = {
+    "exact": dict(at_once=3),
+    "int8": dict(at_once=3, waves=2),
+    "planes": dict(stages=4),
+}
+# Blocks of a prompt's chunk: 128 rows in 8 warps fill an SM's registers.
+CHUNK = DecodeConfig(warps=8, mask_all=False, at_once=1, waves=1, whole=True)
+SMS = 132  # of an H100
+MOST_BYTES = 2**15  # of a block's exact keys and values
+
+
+def choose_config(k: Reader, v: Reader, rows: int, window: int | None = None) -> DecodeConfig:
+    """Tile sizes for a pair of readers and `rows` query rows a kv head."""
+    kind = _kind(k, v)
+    config = CONFIGS[kind]
+    if rows > 16 and config.transposed:
+        config = dataclasses.replace(config, warps=4, at_once=4)
+    block = _block(config, k, v, rows, window)
+    least_tokens = max(block, config.least_tokens)
+    config = dataclasses.replace(config, block=block, least_tokens=least_tokens)
+    full = kind == "exact" and block * (k.token_bytes + v.token_bytes) == MOST_BYTES
+    if rows <= 16 and (k.head_dim == 128 or full):
+        config = dataclasses.replace(config, **({"waves": 1} | PINNED.get(kind, {})))
+    return config
+
+
+def _block(config: DecodeConfig, k: Reader, v: Reader, rows: int, window: int | None) -> int:
+    """Tokens of a block: about as many values, whatever the head_dim."""
+    if rows > 16 and config.transposed:
+        return 64
+    if not isinstance(k, PlanesReader) and not isinstance(v, PlanesReader):
+        few = rows > 16 or (window is not None and window < 1024)
+        block = min(MOST_BYTES // (k.token_bytes + v.token_bytes), 64 if few else 128)
+        return max(1 << block.bit_length() - 1, LEAST_COLUMNS)
+    if k.head_dim > 128:
+        return 32
+    # A third bit's words would repeat, and registers overflow.
+    long = k.head_dim <= 64 and config.transposed and not _has_third_bit(k, v)
+    return 128 if long else 64
+
+
+def _has_third_bit(*sides: Reader) -> bool:
+    return any(len(side.arrays) > 1 for side in sides)
+
+
+def _kind(k: Reader, v: Reader) -> str:
+    if not isinstance(k, PlanesReader) and not isinstance(v, PlanesReader):
+        return "exact" if k.arrays == ("k",) else "byte"
+    if not isinstance(k, PlanesReader) or not isinstance(v, PlanesReader):
+        return "mixed"
+    if k.width == v.width == 8:
+        return "float8" if k.bytes_are.startswith("float8") else "int8"
+    if 8 in (k.width, v.width):
+        return "mixed"
+    return "two" if v.levels.bits == 2 else "planes"
+
+
+def chunk_config(pages: Pages) -> DecodeConfig:
+    """Tile sizes for blocks of a prompt's chunk (`gpu_chunks`)."""
+    large = not isinstance(pages, CodedPages) and pages.dims["head_dim"] > 128
+    return dataclasses.replace(CHUNK, block=32) if large else CHUNK
+
+
+def count_sms(interpret: bool) -> int:
+    """Of the GPU that runs the kernel; an H100's where there is none."""
+    return SMS if interpret else getattr(jax.devices()[0], "core_count", SMS)
