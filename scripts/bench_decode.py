@@ -10,15 +10,13 @@ every token is coded: what a codec keeps exact beside them is one more, short, c
 import concurrent.futures
 import dataclasses
 import functools
-import importlib
 import json
 import os
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -29,52 +27,47 @@ from jax.experimental.pallas import triton as plgpu
 from rich.console import Console
 from rich.progress import track
 
-from jaxkv.codecs import PageLayout, default_layout, get_codec
+from jaxkv.codecs import get_codec
 from models.checkpoints.errors import one_line
 from models.smollm2 import cache_folder
 from pallas_kernels.backends import Backend
-from pallas_kernels.paged_attention import BACKENDS, paged_attention
-from pallas_kernels.pages import CodedPages, ExactPages, Pages
-from pallas_kernels.quantize_pages.xla import quantize_page
+from pallas_kernels.paged_attention import BACKENDS
 from scripts.command import keep_compiled_programs, run_command
-from scripts.device_time import device_kernels
+from scripts.decode_peers import (
+    JAX_PEER,
+    JAX_TILINGS,
+    TORCH_PEER,
+    Checked,
+    jax_peer,
+    jax_peer_inputs,
+    jax_peer_module,
+    jax_peer_refusal,
+    run_jax_peer,
+    run_torch_peer,
+    torch_peer_refusal,
+)
+from scripts.decode_problems import (
+    MAX_ERROR,
+    WORKLOADS,
+    Case,
+    Data,
+    Problem,
+    Sizes,
+    abstract_inputs,
+    attend,
+    expected,
+    make_data,
+    make_problem,
+    relative_error,
+    short,
+)
+from scripts.device_time import Timing, device_time, wall_times
 from scripts.plan import GIB, make_table
+from scripts.read_ceiling import Ceilings, measure_ceilings
 
-MAX_ERROR = 3e-3  # relative L2 to the float32 reference on the same stored values
-OWN = "paged_attention"  # in the name of every kernel of the op
-EXACT_DTYPE = jnp.dtype("bfloat16")
-COLD_BYTES = 400e6  # a layer is read again after so many bytes: beyond any L2 cache
-CHUNK_VALUES = 2**24  # keys made at once
-LOOP_SECONDS = 0.02  # wall time of one loop: long beside its launch
 COMPILE_THREADS = 12
 TABLE_WIDTH = 170  # least, where the output is no terminal
 NOT_VISIBLE = 1e-30  # times an output, added to a query: depends on it, changes nothing
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Workload:
-    """One layer's attention of a model."""
-
-    q_heads: int
-    kv_heads: int
-    head_dim: int
-    window: int | None = None
-    learned_sinks: bool = False
-
-
-WORKLOADS = {
-    "llama-3-8b": Workload(q_heads=32, kv_heads=8, head_dim=128),
-    "llama-3-70b": Workload(q_heads=64, kv_heads=8, head_dim=128),
-    "mistral-7b": Workload(q_heads=32, kv_heads=8, head_dim=128, window=4096),
-    "gpt-oss-20b": Workload(q_heads=64, kv_heads=8, head_dim=64, learned_sinks=True),
-    "gpt-oss-20b-window": Workload(
-        q_heads=64, kv_heads=8, head_dim=64, window=128, learned_sinks=True
-    ),
-    "gemma-3-12b": Workload(q_heads=16, kv_heads=8, head_dim=256),
-    "gemma-3-12b-window": Workload(q_heads=16, kv_heads=8, head_dim=256, window=1024),
-    "smollm2": Workload(q_heads=9, kv_heads=3, head_dim=64),
-    "tiny": Workload(q_heads=8, kv_heads=2, head_dim=64, window=80, learned_sinks=True),
-}
 DEFAULT_WORKLOADS = tuple(name for name in WORKLOADS if name != "tiny")
 DEFAULT_BATCHES = (1, 8, 64)
 DEFAULT_CONTEXTS = (1024, 8192, 32768, 131072)
@@ -122,29 +115,6 @@ class Args:
     """File for a plot of the fractions of the read ceiling."""
     json: bool = False
     """Last line of standard output: one JSON object."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Case:
-    """What is measured: a row of the table."""
-
-    workload: str
-    batch: int
-    context: int
-    codec: str
-    ragged: bool = False
-    layers: int | None = None  # of the pools; None for as many as it takes
-
-    @property
-    def group(self) -> str:
-        """Everything but the codec."""
-        ragged = " ragged" if self.ragged else ""
-        layers = "" if self.layers is None else f" {self.layers} layers"
-        return f"{self.workload} b{self.batch} {_short(self.context)}{ragged}{layers}"
-
-
-def _short(tokens: int) -> str:
-    return f"{tokens // 1024}k" if tokens % 1024 == 0 else str(tokens)
 
 
 def issue_suite() -> list[Case]:
@@ -214,206 +184,11 @@ def check_args(args: Args) -> None:
         check_plot(args.plot)
 
 
-# Problems: sizes, which programs are compiled for, and what else a case is.
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Sizes:
-    """All that the shape of a case's arrays and programs depends on."""
-
-    workload: Workload
-    batch: int
-    width: int  # of the page table
-    layers: int
-    pages: int
-    page_size: int
-    layout: PageLayout | None  # None: exact
-
-    @property
-    def page_bytes(self) -> int:
-        """Stored bytes of a layer's page, all heads, page mean included."""
-        shape, layout = self.workload, self.layout
-        if layout is None:
-            values = 2 * shape.kv_heads * self.page_size * shape.head_dim
-            return values * EXACT_DTYPE.itemsize
-        return shape.kv_heads * layout.codec.page_bytes(shape.head_dim, self.page_size)
-
-    @property
-    def layer_bytes(self) -> int:
-        return self.pages * self.page_bytes
-
-    @property
-    def steps(self) -> int:
-        """Calls of one loop."""
-        speed = 3e12 if jax.default_backend() == "gpu" else 3e9
-        call = self.layer_bytes / speed + 1e-5
-        return int(np.clip(LOOP_SECONDS / call, 4, 512))
-
-    @property
-    def checked(self) -> int:
-        """Sequences compared with the reference, which holds them in float32."""
-        return max(1, min(3, self.batch, 2**17 // (self.width * self.page_size)))
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Problem:
-    """A case, its sizes, and its numbers on the host."""
-
-    case: Case
-    sizes: Sizes
-    lengths: np.ndarray  # [batch]
-    table: np.ndarray  # [batch, width], a ring
-    read_bytes: float  # that a call must read
-
-    def spans(self, lengths: np.ndarray) -> dict[str, jax.Array]:
-        """Positions that the op takes, for sequences of these lengths in the same table."""
-        first = _first_page(lengths, self.sizes.workload.window, self.sizes.page_size)
-        spans = {
-            "q_start": lengths - 1,
-            "q_lens": np.ones_like(lengths),
-            "kv_start": first * self.sizes.page_size,
-            "kv_stop": lengths,
-        }
-        return {name: jnp.asarray(x, jnp.int32) for name, x in spans.items()}
-
-    def random_lengths(self) -> np.ndarray:
-        """Lengths to check with: any, the first at least half of what is timed."""
-        rng = np.random.default_rng(1)
-        lengths = rng.integers(1, self.lengths + 1)
-        lengths[0] = rng.integers(self.lengths[0] // 2 + 1, self.lengths[0] + 1)
-        return lengths
-
-
-def _first_page(lengths: np.ndarray, window: int | None, page_size: int) -> np.ndarray:
-    live = lengths if window is None else np.minimum(lengths, window)
-    return (lengths - live) // page_size
-
-
-def make_problem(case: Case, args: Args, platform: str | None = None) -> Problem:
-    """Lays a case out: lengths, a table of shuffled pages, pools that do not stay in a cache.
-
-    `platform` is whose layout coded pages have; None for JAX's.
-
-    Raises:
-      ValueError: a shape that the codec or its layout can't hold, or too much memory.
-    """
-    shape, page_size = WORKLOADS[case.workload], args.page_size
-    rng = np.random.default_rng(0)
-    lengths = np.full(case.batch, case.context)
-    if case.ragged:
-        low, high = max(1, case.context // 8), max(1, case.context * 11 // 8)
-        lengths = rng.integers(low, high + 1, case.batch)
-    first = _first_page(lengths, shape.window, page_size)
-    counts = -(-lengths // page_size) - first
-    width = int(counts.max()) + 1
-    live = 1 + int(counts.sum())  # page 0 is the null page
-    sequence = np.repeat(np.arange(case.batch), counts)
-    ordinal = np.arange(len(sequence)) - np.repeat(np.cumsum(counts) - counts, counts)
-    table = np.zeros((case.batch, width), np.int32)
-    table[sequence, (first[sequence] + ordinal) % width] = rng.permutation(np.arange(1, live))
-    chunk = _chunk_pages(shape, page_size, live)
-    layout = None
-    if case.codec != "exact":
-        layout = default_layout(
-            get_codec(case.codec),
-            platform=platform or jax.default_backend(),
-            kv_heads=shape.kv_heads,
-            head_dim=shape.head_dim,
-            page_size=page_size,
-        )
-    sizes = Sizes(
-        workload=shape,
-        batch=case.batch,
-        width=width,
-        layers=1,
-        pages=-(-live // chunk) * chunk,
-        page_size=page_size,
-        layout=layout,
-    )
-    layers = case.layers or max(2, int(np.ceil(COLD_BYTES / sizes.layer_bytes)))
-    if jax.default_backend() == "cpu":
-        layers = case.layers or 2
-    most = int(args.max_gib * GIB / sizes.layer_bytes)
-    if case.layers is None and most == 1:  # tens of GB: a layer drives itself out of any cache
-        layers = 1
-    if layers > most:
-        need = layers * sizes.layer_bytes / GIB
-        raise ValueError(f"the pools need {need:.1f} GiB, --max-gib is {args.max_gib:g}")
-    tokens = lengths if shape.window is None else np.minimum(lengths, shape.window)
-    return Problem(
-        case=case,
-        sizes=dataclasses.replace(sizes, layers=layers),
-        lengths=lengths,
-        table=table,
-        read_bytes=float(tokens.sum()) * sizes.page_bytes / page_size,
-    )
-
-
-def _chunk_pages(shape: Workload, page_size: int, pages: int) -> int:
-    """Pages made at once: the fewest that give the least number of chunks."""
-    most = max(1, CHUNK_VALUES // (shape.kv_heads * page_size * shape.head_dim))
-    return -(-pages // -(-pages // most))
-
-
-class Data(NamedTuple):
-    """What lives on the device."""
-
-    q: jax.Array  # [batch, 1, q_heads, head_dim]
-    pages: Pages
-    sink_logits: jax.Array | None  # f32[q_heads]
-
-
-def make_data(sizes: Sizes, key: jax.Array) -> Data:
-    """Normal keys, about a mean of each channel, and values, quantized where there is a codec.
-
-    A chunk of pages at a time: the float32 numbers of all would not fit.
-    """
-    shape, layout = sizes.workload, sizes.layout
-    chunk = _chunk_pages(shape, sizes.page_size, sizes.pages)
-    q_key, mean_key, sink_key, pages_key = jax.random.split(key, 4)
-    channel_mean = jax.random.normal(mean_key, (shape.kv_heads, 1, shape.head_dim))
-
-    def make_chunk(key):
-        dims = (chunk, shape.kv_heads, sizes.page_size, shape.head_dim)
-        k, v = jax.random.normal(key, (2, *dims))
-        k = k + channel_mean[None]
-        if layout is None:
-            return k.astype(EXACT_DTYPE), v.astype(EXACT_DTYPE)
-        mean = layout.codec.key_page_mean(k) if layout.codec.key_mean else None
-        return quantize_page(layout, k, v, mean), mean
-
-    chunks = sizes.layers * sizes.pages // chunk
-    made = jax.lax.map(make_chunk, jax.random.split(pages_key, chunks))
-    made = jax.tree.map(lambda x: x.reshape(sizes.layers, sizes.pages, *x.shape[2:]), made)
-    if layout is None:
-        pages = ExactPages(k=made[0], v=made[1])
-    else:
-        pages = CodedPages(arrays=made[0], key_mean=made[1], layout=layout)
-    q_dims = (sizes.batch, 1, shape.q_heads, shape.head_dim)
-    sinks = jax.random.normal(sink_key, (shape.q_heads,)) if shape.learned_sinks else None
-    return Data(jax.random.normal(q_key, q_dims).astype(EXACT_DTYPE), pages, sinks)
-
-
 # Programs: all are compiled for shapes alone, before any data is there.
 
 Attend = Callable[..., jax.Array]
 Jobs = dict[tuple[str, Sizes], Callable]  # by name
 Programs = dict[tuple[str, Sizes], concurrent.futures.Future]
-
-
-def attend(sizes: Sizes, backend: Backend, data: Data, table, spans, layer) -> jax.Array:
-    """The op's output, `f32[batch, 1, q_heads, head_dim]`."""
-    return paged_attention(
-        data.q,
-        data.pages,
-        table,
-        layer=layer,
-        **spans,
-        scale=sizes.workload.head_dim**-0.5,
-        window=sizes.workload.window,
-        sink_logits=data.sink_logits,
-        backend=backend,
-    )[0]
 
 
 def attend_nothing(data: Data, table, spans, layer) -> jax.Array:
@@ -429,13 +204,6 @@ def attend_nothing(data: Data, table, spans, layer) -> jax.Array:
     return out
 
 
-def expected(sizes: Sizes, data: Data, table, spans, layer) -> jax.Array:
-    """The reference's output of the first `sizes.checked` sequences."""
-    n = sizes.checked
-    spans = {name: x[:n] for name, x in spans.items()}
-    return attend(sizes, "reference", data._replace(q=data.q[:n]), table[:n], spans, layer)
-
-
 def loop(call: Attend, sizes: Sizes, data: Data, table, spans) -> jax.Array:
     """`sizes.steps` calls, layers in turn, each of which needs the one before."""
 
@@ -446,14 +214,6 @@ def loop(call: Attend, sizes: Sizes, data: Data, table, spans) -> jax.Array:
         return q + (NOT_VISIBLE * out).astype(q.dtype)
 
     return jax.lax.fori_loop(0, sizes.steps, body, data.q)
-
-
-def abstract_inputs(sizes: Sizes) -> tuple[Data, Any, dict]:
-    """Shapes of data, table and spans."""
-    data = jax.eval_shape(functools.partial(make_data, sizes), jax.random.key(0))
-    integer = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
-    names = ("q_start", "q_lens", "kv_start", "kv_stop")
-    return data, integer(sizes.batch, sizes.width), {n: integer(sizes.batch) for n in names}
 
 
 def program_jobs(problems: list[Problem], args: Args, backend: Backend) -> Jobs:
@@ -491,290 +251,7 @@ def compile_all(jobs: Jobs, log: Console) -> Programs:
     return programs
 
 
-# Clocks.
-
-
-class Timing(NamedTuple):
-    """Microseconds a call: medians over calls, and the range."""
-
-    us: float
-    us_min: float
-    us_max: float
-    all_us: float | None = None
-    kernels: dict[str, float] | None = None  # mean by name
-
-
-def device_time(calls: list[Callable]) -> Timing | None:
-    """Time of the op's own kernels, where some have its name, and of all; None off a GPU."""
-    kernels = device_kernels(calls)
-    if not kernels:
-        return None
-    own = [us for _, name, us in kernels if OWN in name]
-    every = [us for _, _, us in kernels]
-    per_call = _by_call(own or every, len(calls))
-    names: dict[str, float] = {}
-    for _, name, us in kernels:
-        names[name] = names.get(name, 0.0) + us / len(calls)
-    return Timing(
-        us=float(np.median(per_call)),
-        us_min=float(per_call.min()),
-        us_max=float(per_call.max()),
-        all_us=float(np.median(_by_call(every, len(calls)))),
-        kernels={name: round(us, 2) for name, us in names.items()},
-    )
-
-
-def _by_call(us: list[float], calls: int) -> np.ndarray:
-    """Sums by call: calls launch the same kernels; where one was lost, the mean."""
-    if len(us) % calls:
-        return np.full(calls, sum(us) / calls)
-    return np.asarray(us).reshape(calls, -1).sum(axis=1)
-
-
-def wall_times(call: Callable, repeats: int) -> np.ndarray:
-    """Microseconds of each call, waited for."""
-    jax.block_until_ready(call())
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        jax.block_until_ready(call())
-        times.append(time.perf_counter() - start)
-    return np.asarray(times) * 1e6
-
-
-# Ceilings.
-
-
-class Ceilings(NamedTuple):
-    """TB/s, of bytes read, and of bytes read and written."""
-
-    read: float
-    copy: float
-    read_by: str
-
-
-READ_TILINGS = ((1024, 2, 1024), (1024, 4, 256), (2048, 4, 512), (2048, 8, 256), (4096, 8, 64))
-
-
-def read_kernel(x_ref, out_ref, *, block: int, steps: int):
-    """Combines `steps` blocks by xor."""
-    i = pl.program_id(0)
-    body = lambda k, acc: acc ^ x_ref[pl.ds((i * steps + k) * block, block)]
-    zeros = jnp.zeros((block,), jnp.uint32)
-    out_ref[pl.ds(i * block, block)] = jax.lax.fori_loop(0, steps, body, zeros)
-
-
-def read_program(size: int, block: int, warps: int, steps: int) -> Callable:
-    programs = size // (block * steps)
-    return pl.pallas_call(
-        functools.partial(read_kernel, block=block, steps=steps),
-        out_shape=jax.ShapeDtypeStruct((programs * block,), jnp.uint32),
-        grid=(programs,),
-        compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=1),
-        name="read",
-    )
-
-
-def measure_ceilings() -> Ceilings:
-    """The best of several reductions over 4 GB, and a copy of them."""
-    gpu = jax.default_backend() == "gpu"
-    size = 2**30 - 2**20 if gpu else 2**24  # 32-bit offsets reach it
-    x = jax.jit(lambda: jax.random.bits(jax.random.key(0), (size,), jnp.uint32))()
-    readers = {"xla sum": jnp.sum}
-    if gpu:
-        for tiling in READ_TILINGS:
-            readers[f"pallas {tiling}"] = read_program(size, *tiling)
-
-    def speed(function) -> float:
-        program = jax.jit(function)
-        program(x).block_until_ready()
-        calls = [functools.partial(program, x)] * 6
-        timing = device_time(calls)
-        return (
-            4 * size / (np.median(wall_times(calls[0], 6)) if timing is None else timing.us) / 1e6
-        )
-
-    speeds = {name: speed(function) for name, function in readers.items()}
-    best = max(speeds, key=lambda name: speeds[name])
-    return Ceilings(speeds[best], 2 * speed(lambda x: x ^ np.uint32(1)), best)
-
-
-# Peers. A peer that can't serve a case says why.
-
-JAX_PEER = "jax paged_attention"
-TORCH_PEER = "torch SDPA"
-JAX_TILINGS = ((1, 4, 2), (2, 4, 2), (2, 8, 3))  # pages a step, warps, stages
-PROGRAMS = 1056  # to split sequences for
-
-
-@functools.cache
-def jax_peer_module():
-    """JAX's example kernel, which some versions lack."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        try:
-            return importlib.import_module("jax.experimental.pallas.ops.gpu.paged_attention")
-        except ImportError:
-            return None
-
-
-def dense_peer_refusal(problem: Problem) -> str | None:
-    """Why no peer serves a case."""
-    if problem.case.codec != "exact":
-        return "bfloat16 alone"
-    if jax.default_backend() != "gpu":
-        return "needs a GPU"
-    return "no learned sinks" if problem.sizes.workload.learned_sinks else None
-
-
-def jax_peer_refusal(problem: Problem) -> str | None:
-    """Why JAX's paged attention does not serve a case; None if it does."""
-    if reason := dense_peer_refusal(problem):
-        return reason
-    if problem.sizes.workload.window is not None:
-        return "no window"
-    return None if jax_peer_module() else "this JAX has none"
-
-
-def jax_peer_splits(sizes: Sizes) -> int:
-    programs = sizes.batch * sizes.workload.kv_heads
-    return pl.next_power_of_2(max(1, -(-PROGRAMS // programs)))
-
-
-def jax_peer(module, sizes: Sizes, tiling, q, k_pages, v_pages, table, lengths) -> jax.Array:
-    """Its output; pools are `[kv_heads, pages, page_size, head_dim]`, the table is filled up."""
-    block_pages, warps, stages = tiling
-    splits = jax_peer_splits(sizes)
-    extra = -table.shape[1] % (splits * block_pages)
-    scaled = q[:, 0].astype(jnp.float32) * sizes.workload.head_dim**-0.5  # it does not scale
-    out = module.paged_attention(
-        scaled.astype(q.dtype),
-        k_pages,
-        v_pages,
-        jnp.pad(table, ((0, 0), (0, extra))),
-        lengths,
-        pages_per_compute_block=block_pages,
-        k_splits=splits,
-        num_warps=warps,
-        num_stages=stages,
-    )
-    return out[:, None].astype(jnp.float32)
-
-
-def jax_peer_inputs(sizes: Sizes) -> tuple:
-    data, table, spans = abstract_inputs(sizes)
-    shape = sizes.workload
-    pool = jax.ShapeDtypeStruct(
-        (shape.kv_heads, sizes.pages, sizes.page_size, shape.head_dim), EXACT_DTYPE
-    )
-    return data.q, pool, pool, table, spans["kv_stop"]
-
-
-class Checked(NamedTuple):
-    """What outputs must be: the reference's, of sequences of some lengths, on the last layer."""
-
-    timed: jax.Array  # at the lengths that are timed
-    random: jax.Array  # at random ones
-
-
-def run_jax_peer(problem: Problem, data: Data, programs, want: Checked | None, args: Args) -> dict:
-    """Measures it at its best tiling."""
-    sizes, pages = problem.sizes, data.pages
-    assert isinstance(pages, ExactPages)
-    heads_first = jax.jit(lambda pool, layer: jnp.swapaxes(pool[layer], 0, 1))
-    pools = [
-        (heads_first(pages.k, layer), heads_first(pages.v, layer)) for layer in range(sizes.layers)
-    ]
-    table = jnp.asarray(problem.table)
-    best, timing, error, refused = "", None, None, ""
-    for tiling in JAX_TILINGS:
-        try:
-            program = programs[f"jax {tiling}", sizes].result()
-        except Exception as failure:  # a tiling may not compile: others do
-            refused = one_line(failure)
-            continue
-        lengths = problem.spans(problem.random_lengths())["kv_stop"]
-        found = program(data.q, *pools[-1], table, lengths)
-        lengths = problem.spans(problem.lengths)["kv_stop"]
-        calls = [
-            functools.partial(program, data.q, *pools[i % sizes.layers], table, lengths)
-            for i in range(args.repeats)
-        ]
-        jax.block_until_ready([call() for call in calls[:2]])
-        now = device_time(calls)
-        if now is not None and (timing is None or now.us < timing.us):
-            best, timing = f"pages, warps, stages {tiling}", now
-            error = None if want is None else relative_error(found, want.random)
-    if timing is None:
-        raise NotImplementedError(refused or "no device time")
-    return make_row(problem, JAX_PEER, timing, None, error) | {"tiling": best}
-
-
-def torch_peer_refusal(problem: Problem) -> str | None:
-    """Why torch's SDPA does not serve a case; None if it may."""
-    if reason := dense_peer_refusal(problem):
-        return reason
-    return "no ragged lengths" if problem.case.ragged else None
-
-
-def contiguous_keys(problem: Problem, pages: ExactPages, layer: int) -> tuple:
-    """Keys and values that are seen, `[batch, kv_heads, tokens, head_dim]`, without pages."""
-    size, width = problem.sizes.page_size, problem.sizes.width
-    length, window = int(problem.lengths[0]), problem.sizes.workload.window
-    start = 0 if window is None else max(0, length - window)
-    first, stop = start // size, -(-length // size)
-    order = problem.table[:, np.arange(first, stop) % width]
-
-    @jax.jit
-    def gather(pool, layer, order):
-        x = jnp.swapaxes(pool[layer, order], 1, 2)  # [batch, kv_heads, pages, page_size, head_dim]
-        x = x.reshape(*x.shape[:2], -1, x.shape[-1])
-        return x[:, :, start - first * size : length - first * size]
-
-    return tuple(gather(pool, layer, jnp.asarray(order)) for pool in (pages.k, pages.v))
-
-
-def run_torch_peer(problem: Problem, data: Data, want: Checked | None, args: Args) -> dict:
-    """Measures SDPA over keys without pages: an upper bound of dense kernels, no paged one."""
-    try:
-        import torch  # type: ignore[import-not-found]
-    except ImportError:
-        raise NotImplementedError("torch is not installed") from None
-    if not torch.cuda.is_available():
-        raise NotImplementedError("torch sees no GPU")
-    assert isinstance(data.pages, ExactPages)
-    sizes, pages = problem.sizes, data.pages
-    shared = [contiguous_keys(problem, pages, layer) for layer in range(sizes.layers)]
-    q = jnp.swapaxes(data.q, 1, 2)
-    jax.block_until_ready((q, shared))
-    keys = [tuple(torch.from_dlpack(x) for x in pair) for pair in shared]
-    query = torch.from_dlpack(q)
-    run = functools.partial(torch.nn.functional.scaled_dot_product_attention, enable_gqa=True)
-    times = []
-    with torch.inference_mode():
-        found = run(query, *keys[-1]).float().transpose(1, 2).cpu().numpy()
-        for i in range(args.repeats + 3):
-            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            run(query, *keys[i % sizes.layers])
-            stop.record()
-            times.append((start, stop))
-        torch.cuda.synchronize()
-    us = np.asarray([1e3 * start.elapsed_time(stop) for start, stop in times[3:]])
-    timing = Timing(float(np.median(us)), float(us.min()), float(us.max()))
-    error = None if want is None else relative_error(jnp.asarray(found), want.timed)
-    return make_row(problem, TORCH_PEER, timing, None, error)
-
-
 # Measuring.
-
-
-def relative_error(found: jax.Array, want: jax.Array) -> float:
-    """Largest over sequences of `|found - want| / |want|`; NaN counts as infinite."""
-    found = found[: len(want)]
-    norm = lambda x: jnp.sqrt(jnp.sum(x * x, axis=tuple(range(1, x.ndim))))
-    error = float(jnp.max(norm(found - want) / norm(want)))
-    return error if np.isfinite(error) else float("inf")
 
 
 def make_row(
@@ -848,8 +325,12 @@ def measure(
     if not args.peers or problem.case.codec != "exact":
         return
     peers = (
-        (JAX_PEER, jax_peer_refusal, lambda: run_jax_peer(problem, data, programs, want, args)),
-        (TORCH_PEER, torch_peer_refusal, lambda: run_torch_peer(problem, data, want, args)),
+        (
+            JAX_PEER,
+            jax_peer_refusal,
+            lambda: run_jax_peer(problem, data, programs, want, args.repeats),
+        ),
+        (TORCH_PEER, torch_peer_refusal, lambda: run_torch_peer(problem, data, want, args.repeats)),
     )
     for name, refusal, run_peer in peers:
         reason = "its case with smaller pools has it" if problem.case.layers else refusal(problem)
@@ -857,7 +338,8 @@ def measure(
             reason = reason or f"a second copy of the pools exceeds --max-gib {args.max_gib:g}"
         try:
             if reason is None:
-                yield run_peer()
+                timing, error, notes = run_peer()
+                yield make_row(problem, name, timing, None, error) | notes
         except Exception as failure:  # a peer's fault is none of ours
             reason = one_line(failure)
         if reason is not None:
@@ -876,7 +358,7 @@ def print_rows(console: Console, rows: list[dict], ceilings: Ceilings, title: st
     columns = {
         "workload": [row["workload"] for row in rows],
         "batch": [str(row["batch"]) for row in rows],
-        "context": [_short(row["context"]) + (" ragged" if row["ragged"] else "") for row in rows],
+        "context": [short(row["context"]) + (" ragged" if row["ragged"] else "") for row in rows],
         "codec": [row["codec"] if row["by"] == "jaxkv" else row["by"] for row in rows],
         "us": column("us", ".1f"),
         "spread": [spread(row) for row in rows],
@@ -968,7 +450,7 @@ def main(args: Args) -> int:
     problems = []
     for case in list_cases(args):
         try:
-            problems.append(make_problem(case, args))
+            problems.append(make_problem(case, page_size=args.page_size, max_gib=args.max_gib))
         except ValueError as error:
             note(f"{case.group} {case.codec}: skipped: {one_line(error)}")
     ceilings = measure_ceilings()

@@ -1,10 +1,15 @@
-"""Times of a GPU's kernels, by JAX's profiler."""
+"""Times of a GPU's kernels, by JAX's profiler, and of calls that are waited for."""
 
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
+import numpy as np
+
+OWN = "paged_attention"  # in the name of every kernel of the op
 
 
 def device_kernels(calls: list[Callable]) -> list[tuple[float, str, float]]:
@@ -28,3 +33,51 @@ def device_kernels(calls: list[Callable]) -> list[tuple[float, str, float]]:
             for event in line.events
         ]
     return sorted(kernels)
+
+
+class Timing(NamedTuple):
+    """Microseconds a call: medians over calls, and the range."""
+
+    us: float
+    us_min: float
+    us_max: float
+    all_us: float | None = None
+    kernels: dict[str, float] | None = None  # mean by name
+
+
+def device_time(calls: list[Callable]) -> Timing | None:
+    """Time of the op's own kernels, where some have its name, and of all; None off a GPU."""
+    kernels = device_kernels(calls)
+    if not kernels:
+        return None
+    own = [us for _, name, us in kernels if OWN in name]
+    every = [us for _, _, us in kernels]
+    per_call = _by_call(own or every, len(calls))
+    names: dict[str, float] = {}
+    for _, name, us in kernels:
+        names[name] = names.get(name, 0.0) + us / len(calls)
+    return Timing(
+        us=float(np.median(per_call)),
+        us_min=float(per_call.min()),
+        us_max=float(per_call.max()),
+        all_us=float(np.median(_by_call(every, len(calls)))),
+        kernels={name: round(us, 2) for name, us in names.items()},
+    )
+
+
+def _by_call(us: list[float], calls: int) -> np.ndarray:
+    """Sums by call: calls launch the same kernels; where one was lost, the mean."""
+    if len(us) % calls:
+        return np.full(calls, sum(us) / calls)
+    return np.asarray(us).reshape(calls, -1).sum(axis=1)
+
+
+def wall_times(call: Callable, repeats: int) -> np.ndarray:
+    """Microseconds of each call, waited for."""
+    jax.block_until_ready(call())
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(call())
+        times.append(time.perf_counter() - start)
+    return np.asarray(times) * 1e6

@@ -24,10 +24,20 @@ from pallas_kernels.paged_attention import gpu_decode
 from pallas_kernels.paged_attention.gpu_tiles import DecodeConfig
 from pallas_kernels.segments import add_learned_sink
 from pallas_kernels.visibility import seen_span
-from scripts import bench_decode
-from scripts.bench_decode import MAX_ERROR, Data, Sizes
+from scripts import decode_problems
 from scripts.bench_step import fill_pages
 from scripts.command import run_command
+from scripts.decode_problems import (
+    MAX_ERROR,
+    WORKLOADS,
+    Data,
+    Sizes,
+    expected,
+    make_data,
+    make_problem,
+    relative_error,
+)
+from scripts.device_time import device_time, wall_times
 from scripts.plan import make_table
 
 COMPILE_THREADS = 12
@@ -80,12 +90,11 @@ class Case:
     """What is tuned: random pages, and what each setting must give."""
 
     def __init__(self, args: Args):
-        case = bench_decode.Case(
+        case = decode_problems.Case(
             workload=args.workload, batch=args.batch, context=args.context, codec=args.codec
         )
-        options = bench_decode.Args(page_size=args.page_size)
         # Also on a CPU, where the kernel is interpreted, pages are laid out for it.
-        problem = bench_decode.make_problem(case, options, platform="gpu")
+        problem = make_problem(case, page_size=args.page_size, platform="gpu")
         self.sizes, self.repeats = problem.sizes, args.repeats
         self.inputs = (
             random_data(self.sizes),
@@ -93,7 +102,7 @@ class Case:
             problem.spans(problem.lengths),
         )
         layer = jnp.int32(self.sizes.layers - 1)
-        reference = jax.jit(functools.partial(bench_decode.expected, self.sizes))
+        reference = jax.jit(functools.partial(expected, self.sizes))
         self.want = reference(*self.inputs, layer)
         self.results: dict[DecodeConfig, dict] = {}
 
@@ -122,21 +131,21 @@ class Case:
     def _measure(self, program) -> dict:
         layers = self.sizes.layers
         out = program(*self.inputs, jnp.int32(layers - 1))[: self.sizes.checked]
-        error = bench_decode.relative_error(out, self.want)
+        error = relative_error(out, self.want)
         if not error <= MAX_ERROR:
             return {"us": float("inf"), "error": error, "why": "wrong"}
         calls = [
             functools.partial(program, *self.inputs, jnp.int32(i % layers))
             for i in range(self.repeats)
         ]
-        timing = bench_decode.device_time(calls)
-        wall = lambda: float(np.median(bench_decode.wall_times(calls[0], self.repeats)))
+        timing = device_time(calls)
+        wall = lambda: float(np.median(wall_times(calls[0], self.repeats)))
         return {"us": wall() if timing is None else timing.us, "error": error}
 
 
 def random_data(sizes: Sizes) -> Data:
     """A case's inputs with random words for pages."""
-    shapes = jax.eval_shape(functools.partial(bench_decode.make_data, sizes), jax.random.key(0))
+    shapes = jax.eval_shape(functools.partial(make_data, sizes), jax.random.key(0))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes.pages)
     normal = lambda x: jax.random.normal(jax.random.key(1), x.shape, jnp.float32).astype(x.dtype)
     sinks = None if shapes.sink_logits is None else normal(shapes.sink_logits)
@@ -144,7 +153,7 @@ def random_data(sizes: Sizes) -> Data:
 
 
 def attend(sizes: Sizes, config: DecodeConfig, data: Data, table, spans, layer) -> jax.Array:
-    """Like `bench_decode.attend`, with tile sizes."""
+    """Like `decode_problems.attend`, with tile sizes."""
     shape = sizes.workload
     spans = dict(spans)
     names = ("q_start", "q_lens", "kv_start", "kv_stop")
@@ -190,8 +199,8 @@ def main(args: Args) -> int:
     """Searches, prints every setting tried; returns 1 if the default itself fails."""
     log = Console(stderr=True, highlight=False)
     get_codec(args.codec)
-    if args.workload not in bench_decode.WORKLOADS:
-        known = ", ".join(bench_decode.WORKLOADS)
+    if args.workload not in WORKLOADS:
+        known = ", ".join(WORKLOADS)
         raise ValueError(f"--workload {args.workload!r} must be one of {known}.")
     for name in args.field:
         if name not in VALUES:

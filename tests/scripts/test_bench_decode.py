@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from jaxkv.codecs import codec_names
-from scripts import bench_decode
-from scripts.bench_decode import Args, Case, make_problem
+from scripts import bench_decode, decode_peers, decode_problems, device_time
+from scripts.bench_decode import Args
+from scripts.decode_problems import Case, make_problem
 
 ROOT = Path(__file__).parents[2]
 TINY = dict(workload=("tiny",), batch=(3,), context=(200,), repeats=3)
@@ -68,8 +69,8 @@ def case(**options) -> Case:
 @pytest.mark.parametrize("ragged", [False, True])
 @pytest.mark.parametrize("workload", ["tiny", "smollm2"])
 def test_every_live_page_has_its_own_place(workload, ragged):
-    problem = make_problem(case(workload=workload, ragged=ragged), Args(page_size=16))
-    window = bench_decode.WORKLOADS[workload].window or 10**9
+    problem = make_problem(case(workload=workload, ragged=ragged), page_size=16)
+    window = decode_problems.WORKLOADS[workload].window or 10**9
     if not ragged:
         assert set(problem.lengths) == {1000}
     else:
@@ -87,7 +88,7 @@ def test_every_live_page_has_its_own_place(workload, ragged):
 
 
 def test_spans_hold_the_window_within_the_ring():
-    problem = make_problem(case(), Args(page_size=16))
+    problem = make_problem(case(), page_size=16)
     for lengths in (problem.lengths, problem.random_lengths()):
         spans = {name: np.asarray(x) for name, x in problem.spans(lengths).items()}
         assert (spans["kv_stop"] == lengths).all() and (spans["q_start"] == lengths - 1).all()
@@ -100,7 +101,7 @@ def test_spans_hold_the_window_within_the_ring():
 def test_cases_of_equal_sizes_share_their_programs():
     args = Args(peers=False)
     contexts = (8192, 32768, 131072)
-    problems = [make_problem(case(context=context), args) for context in contexts]
+    problems = [make_problem(case(context=context)) for context in contexts]
     assert len({problem.sizes for problem in problems}) == 1
     names = [name for name, _ in bench_decode.program_jobs(problems, args, "xla")]
     assert sorted(names) == ["attend", "data", "empty", "expected", "loop"]
@@ -110,8 +111,8 @@ def test_device_time_is_the_median_call_of_the_ops_own_kernels(monkeypatch):
     own = [("paged_attention_decode", 10.0), ("paged_attention_combine", 1.0)]
     calls = [[("fusion", 2.0), *own], [("fusion", 2.0), *own], [("fusion", 4.0), own[0], own[0]]]
     kernels = [(i, *kernel) for i, kernel in enumerate(sum(calls, []))]
-    monkeypatch.setattr(bench_decode, "device_kernels", lambda calls: kernels)
-    timing = bench_decode.device_time([lambda: None] * 3)
+    monkeypatch.setattr(device_time, "device_kernels", lambda calls: kernels)
+    timing = device_time.device_time([lambda: None] * 3)
     assert timing is not None
     assert (timing.us, timing.us_min, timing.us_max, timing.all_us) == (11, 11, 20, 13)
     assert timing.kernels == {
@@ -119,35 +120,35 @@ def test_device_time_is_the_median_call_of_the_ops_own_kernels(monkeypatch):
         "paged_attention_decode": 13.33,
         "paged_attention_combine": 0.67,
     }
-    monkeypatch.setattr(bench_decode, "device_kernels", lambda calls: [])
-    assert bench_decode.device_time([lambda: None]) is None
+    monkeypatch.setattr(device_time, "device_kernels", lambda calls: [])
+    assert device_time.device_time([lambda: None]) is None
 
 
 @pytest.mark.parametrize("window", [None, 50])
 def test_keys_without_pages_attend_as_the_pages_do(window, monkeypatch):
-    shape = bench_decode.Workload(q_heads=4, kv_heads=2, head_dim=64, window=window)
-    monkeypatch.setitem(bench_decode.WORKLOADS, "tiny", shape)
-    problem = make_problem(case(context=200, batch=2), Args(page_size=16))
-    data = bench_decode.make_data(problem.sizes, jax.random.key(0))
+    shape = decode_problems.Workload(q_heads=4, kv_heads=2, head_dim=64, window=window)
+    monkeypatch.setitem(decode_problems.WORKLOADS, "tiny", shape)
+    problem = make_problem(case(context=200, batch=2), page_size=16)
+    data = decode_problems.make_data(problem.sizes, jax.random.key(0))
     spans = problem.spans(problem.lengths)
-    want = bench_decode.expected(problem.sizes, data, jnp.asarray(problem.table), spans, 1)
-    k, v = bench_decode.contiguous_keys(problem, data.pages, 1)
+    want = decode_problems.expected(problem.sizes, data, jnp.asarray(problem.table), spans, 1)
+    k, v = decode_peers.contiguous_keys(problem, data.pages, 1)
     assert k.shape == (2, 2, window or 200, 64)
     q = data.q.reshape(2, 2, 2, 64).astype(jnp.float32) / 8
     p = jax.nn.softmax(jnp.einsum("bhgd,bhkd->bhgk", q, k.astype(jnp.float32)))
     out = jnp.einsum("bhgk,bhkd->bhgd", p, v.astype(jnp.float32)).reshape(want.shape)
-    assert bench_decode.relative_error(out, want) < 1e-5
-    assert bench_decode.relative_error(out * jnp.nan, want) == float("inf")
+    assert decode_problems.relative_error(out, want) < 1e-5
+    assert decode_problems.relative_error(out * jnp.nan, want) == float("inf")
 
 
 def test_the_issues_suite_names_known_things():
     suite = bench_decode.issue_suite()
     assert len(set(suite)) == len(suite)
-    assert {one.workload for one in suite} <= set(bench_decode.WORKLOADS)
+    assert {one.workload for one in suite} <= set(decode_problems.WORKLOADS)
     assert {one.codec for one in suite} <= set(codec_names())
     pools = [one for one in suite if one.layers]
     for one in pools:  # the largest array of each
-        problem = make_problem(one, Args())
+        problem = make_problem(one)
         assert problem.sizes.layers * problem.sizes.layer_bytes > 2 * 2**32
 
 
