@@ -1,0 +1,195 @@
+"""What sinks, windows and recent pages add to coded attention: one layer, through the cache.
+
+A cache reads exact pages (sinks, the newest) and coded ones, and merges the two. Each codec is
+measured as plainly as it can be kept, and with everything together; what counts is the time a
+byte that the query sees. Results are compared with the float32 reference first.
+"""
+
+import dataclasses
+import functools
+import json
+import sys
+from typing import Annotated, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from rich.console import Console
+
+import jaxkv
+from jaxkv.codecs import get_codec
+from jaxkv.config import LayerGroup
+from scripts.bench_step import fill
+from scripts.command import run_command
+from scripts.decode_problems import MAX_ERROR, WORKLOADS, Workload, relative_error
+from scripts.device_time import Timing, device_time, wall_times
+from scripts.plan import make_table
+
+Codecs = Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="NAME")]
+
+
+@dataclasses.dataclass
+class Args:
+    """Measures attention through the cache, plain and with sinks, window and recent pages.
+
+    Examples:
+      bench_segments.py
+      bench_segments.py --codec tq4 --context 32768 --window 4096
+      bench_segments.py --workload tiny --batch 2 --context 300
+    """
+
+    workload: str = "llama-3-8b"
+    """Whose heads, as in bench_decode.py; its window is --window's default."""
+    codec: Codecs = ()
+    """How pages are kept; repeat for several. Default: 4bit_nc, tq4."""
+    batch: int = 64
+    """Sequences side by side."""
+    context: int = 8192
+    """Tokens of each."""
+    window: int | None = None
+    """Tokens that a query sees, besides sinks."""
+    sink_tokens: int = 4
+    """First tokens that stay visible beside the window."""
+    recent_pages: int = 2
+    """Newest pages that stay exact."""
+    page_size: int = 64
+    """Tokens a cache page."""
+    repeats: int = 16
+    """Calls whose median counts."""
+    backend: Literal["gpu", "xla"] | None = None
+    """Who computes; default: what `jaxkv.explain` says."""
+    json: bool = False
+    """Last line of standard output: one JSON object."""
+
+
+def layer_spec(args: Args, shape: Workload, codec: str, *, together: bool) -> jaxkv.LayerSpec:
+    """A layer with all of the segments, or with as few as the codec allows."""
+    store = get_codec(codec)
+    least = 1 if getattr(store, "key_mean", None) == "page" else 0  # its mean needs a whole page
+    store = dataclasses.replace(
+        store,
+        recent_pages=max(least, args.recent_pages if together else 0),
+        sink_tokens=args.sink_tokens if together else 0,
+    )
+    return jaxkv.LayerSpec(
+        kv_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        window=args.window or shape.window,
+        sink_tokens=args.sink_tokens if together else 0,
+        codec=store,
+    )
+
+
+def visible_bytes(group: LayerGroup, length: int, page_size: int) -> float:
+    """Stored bytes that a query at position `length` sees of one sequence and layer."""
+    spec = group.spec
+    position = np.arange(length + 1)
+    seen = position < spec.sink_tokens
+    seen |= position > length - (length + 1 if spec.window is None else spec.window)
+    coded = np.zeros_like(seen)
+    if (store := group.body) is not None:
+        # Without recent pages, the step's own token is coded as it comes.
+        reached = length if store.lag.least else length + 1
+        first = int(store.first_page(jnp.int32(length)))
+        stop = int(store.stop_page(jnp.int32(reached)))
+        coded = (position // page_size >= first) & (position // page_size < stop)
+    exact = 2 * spec.kv_heads * spec.head_dim * jnp.dtype(spec.dtype).itemsize
+    body = spec.kv_heads * spec.kv_codec.page_bytes(spec.head_dim, page_size) / page_size
+    return float((seen & ~coded).sum() * exact + (seen & coded).sum() * body)
+
+
+def attend(
+    cache: jaxkv.KVCache, q, k, v, sink_logits, *, backend
+) -> tuple[jax.Array, jaxkv.KVCache]:
+    """One token of every sequence; the cache is left as it was."""
+    ones = jnp.ones(q.shape[0], jnp.int32)
+    cache, out = cache.prepare(ones).attend(0, q, k, v, sink_logits=sink_logits, backend=backend)
+    return out, cache.commit(0 * ones)
+
+
+def measure(args: Args, shape: Workload, spec: jaxkv.LayerSpec, *, together: bool) -> dict:
+    """Checks, then times one case."""
+    config = jaxkv.CacheConfig(
+        layers=(spec,),
+        batch=args.batch,
+        max_tokens=args.context + args.page_size,
+        max_new_tokens=args.page_size,
+        page_size=args.page_size,
+    ).checked()
+    [group] = config.groups
+    cache = fill(jaxkv.KVCache.create(config), args.context)
+    keys = jax.random.split(jax.random.key(0), 4)
+    normal = lambda key, *dims: jax.random.normal(key, dims).astype(spec.dtype)
+    # Attention is typed like its queries: float32, so that what is compared is not rounded.
+    q = normal(keys[0], args.batch, 1, shape.q_heads, shape.head_dim).astype(jnp.float32)
+    k, v = (normal(key, args.batch, 1, shape.kv_heads, shape.head_dim) for key in keys[1:3])
+    sinks = jax.random.normal(keys[3], (shape.q_heads,)) if together else None
+    step = lambda backend: functools.partial(attend, backend=backend)
+    want, _ = jax.jit(step("reference"))(cache, q, k, v, sinks)
+    run = jax.jit(step(args.backend), donate_argnums=0)
+    found, cache = run(cache, q, k, v, sinks)
+    error = relative_error(found, want)
+
+    def call():
+        nonlocal cache
+        out, cache = run(cache, q, k, v, sinks)
+        return out
+
+    jax.block_until_ready(call())
+    timing = device_time([call] * args.repeats) if jax.default_backend() == "gpu" else None
+    if timing is None:
+        us = wall_times(call, args.repeats)
+        timing = Timing(float(np.median(us)), float(us.min()), float(us.max()))
+    seen = args.batch * visible_bytes(group, args.context, args.page_size)
+    row = dict(timing._asdict(), mb=seen / 1e6, error=error, together=together)
+    return row | {"us_per_mb": timing.us / row["mb"], "ok": error <= MAX_ERROR}
+
+
+def main(args: Args) -> int:
+    """Measures every codec both ways, prints a table; returns 1 where a result is wrong."""
+    if args.workload not in WORKLOADS:
+        raise ValueError(f"--workload {args.workload!r} must be one of {', '.join(WORKLOADS)}.")
+    for name in ("batch", "context", "page_size", "repeats"):
+        if getattr(args, name) < 1:
+            flag = name.replace("_", "-")
+            raise ValueError(f"--{flag} {getattr(args, name)} must be at least 1.")
+    for name in ("sink_tokens", "recent_pages"):
+        if getattr(args, name) < 0:
+            flag = name.replace("_", "-")
+            raise ValueError(f"--{flag} {getattr(args, name)} must not be negative.")
+    codecs = args.codec or ("4bit_nc", "tq4")
+    for name in codecs:
+        if not get_codec(name).lossy:
+            raise ValueError(f"--codec {name}: an exact cache has no coded pages.")
+    log = Console(stderr=True, highlight=False)
+    shape = WORKLOADS[args.workload]
+    rows: list[dict] = []
+    for codec in codecs:
+        for together in (False, True):
+            spec = layer_spec(args, shape, codec, together=together).checked()
+            row = {"codec": codec} | measure(args, shape, spec, together=together)
+            plain = row if not together else rows[-1]
+            row["more_a_byte"] = row["us_per_mb"] / plain["us_per_mb"] - 1
+            rows.append(row)
+            log.print(f"{codec} {'together' if together else 'plain'}: {row['us']:.1f} us")
+    number = lambda x, form: "-" if x is None else format(x, form)
+    columns = {
+        "codec": [row["codec"] for row in rows],
+        "": ["together" if row["together"] else "plain" for row in rows],
+        "MB seen": [f"{row['mb']:.1f}" for row in rows],
+        "us": [f"{row['us']:.1f}" for row in rows],
+        "all us": [number(row["all_us"], ".1f") for row in rows],
+        "more a byte": [f"{row['more_a_byte']:+.1%}" for row in rows],
+        "error": [f"{row['error']:.1e}" + ("" if row["ok"] else " FAIL") for row in rows],
+    }
+    about = f"{args.workload}, batch {args.batch}, {args.context} tokens, window {args.window}"
+    title = f"{about}, {jax.devices()[0].device_kind}"
+    Console(file=sys.stdout, highlight=False).print(make_table(title, columns))
+    if args.json:
+        print(json.dumps({"case": about, "device": jax.devices()[0].device_kind, "results": rows}))
+    return int(not all(row["ok"] for row in rows))
+
+
+if __name__ == "__main__":
+    run_command(main, Args)
