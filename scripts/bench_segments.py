@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import json
 import sys
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -168,7 +168,8 @@ def main(args: Args) -> int:
     for codec in codecs:
         for together in (False, True):
             spec = layer_spec(args, shape, codec, together=together).checked()
-            row = {"codec": codec} | measure(args, shape, spec, together=together)
+            row: dict[str, Any] = {"codec": codec}
+            row |= measure(args, shape, spec, together=together)
             plain = row if not together else rows[-1]
             row["more_a_byte"] = row["us_per_mb"] / plain["us_per_mb"] - 1
             rows.append(row)
