@@ -1,4 +1,4 @@
-"""Tile sizes of the GPU decode kernel for one case: what to write into `gpu_tiles`.
+"""Tile sizes of the GPU decode kernel for one case: what `gpu_tiles.choose_config` should say.
 
 It goes from the default one field at a time, keeps what is faster, and goes round again. Pages hold
 random words, since no tile size hangs on what they mean; each setting's output is compared with the
@@ -181,11 +181,13 @@ def attend(sizes: Sizes, config: DecodeConfig, data: Data, table, spans, layer) 
 
 
 def neighbours(config: DecodeConfig, field: str) -> Iterator[DecodeConfig]:
-    """The config with the field's other values; what hangs on it follows."""
+    """The config with the field's other values; no program gets less than a block."""
     for value in VALUES[field]:
         if value == getattr(config, field):
             continue
-        yield dataclasses.replace(config, **{field: value})
+        changed = dataclasses.replace(config, **{field: value})
+        least = max(changed.block, changed.least_tokens)
+        yield dataclasses.replace(changed, least_tokens=least)
 
 
 def difference(config: DecodeConfig, base: DecodeConfig) -> str:

@@ -132,7 +132,7 @@ def paged_attention(
         sink_pages=sink_pages,
         lag=lag,
         soft_cap=soft_cap,
-        direct=most_pages <= least_pages or (config.whole and fills),
+        direct=most_pages <= least_pages or (config.unsplit and fills),
         asm=not interpret,
     )
     scalars = dict(
@@ -436,10 +436,10 @@ def _attend(refs, out_ref, lse_ref, h, item: _Item, *, case: Case, config: Decod
         stages copied nothing ahead.
         """
 
-        first = look_up(number(start))
+        page_of_start = look_up(number(start))
         if refs["table"].shape[1] == 1:
             # Triton moves what no step changes out of the loop, and then trips over the carry.
-            step = lambda e, state: attend(number(e), state, masked, first)
+            step = lambda e, state: attend(number(e), state, masked, page_of_start)
             return jax.lax.fori_loop(start, stop, step, state)
 
         def step_ahead(e, carry):
@@ -447,7 +447,7 @@ def _attend(refs, out_ref, lse_ref, h, item: _Item, *, case: Case, config: Decod
             ahead = look_up(number(jnp.minimum(e + 1, stop - 1)))
             return attend(number(e), state, masked, page), ahead
 
-        return jax.lax.fori_loop(start, stop, step_ahead, (state, first))[0]
+        return jax.lax.fori_loop(start, stop, step_ahead, (state, page_of_start))[0]
 
     state = (
         jnp.full((rows,), NOTHING_SEEN, jnp.float32),

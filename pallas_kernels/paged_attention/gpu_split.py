@@ -1,9 +1,9 @@
 """Split-KV for GPUs: equal shares of all pages, whatever the sequences, and the merge of parts.
 
-A static number of splits a sequence leaves most of the chip idle when lengths differ, and whole
-numbers of them do when sequences are nearly as many as programs. Here the grid is static and what
-a program covers is chosen at run time: the same number of pages as every other, of as many
-sequences as these lie in.
+A static number of splits a sequence leaves most of the chip idle when lengths differ; a whole
+number of them, chosen by length, still does when there are about as many sequences as programs run
+at once. Here the grid is static and what a program covers is chosen at run time: as nearly as
+possible as many pages as every other, of as many sequences as these lie in.
 """
 
 import functools
@@ -18,7 +18,9 @@ LN2 = 0.6931471805599453
 # A finite running maximum for rows that have seen nothing, so that no -inf - -inf appears.
 NOTHING_SEEN = -1e30
 TRIES = 9  # sizes of whole parts that are tried, from the even share to a sixteenth more
-PARTS_AT_ONCE = 4, 64  # least and most that are merged in one step: near a sequence's mean
+# Least and most parts that are merged in one step. The mean of a sequence's is best; the least is
+# larger, as one long sequence among short ones has many.
+PARTS_AT_ONCE = 8, 64
 
 
 class SpanPages(NamedTuple):
@@ -95,10 +97,10 @@ def plan_work(
 
     Args:
       pages: `i32[batch]`, pages of each sequence.
-      programs: as many as are launched, all of them used where there are enough pages.
+      programs: as many as are launched; the last ones may get nothing.
       fewest: programs that fill the chip once; no more where shares would be below `good_pages`.
       good_pages: pages from which on a program's own costs (start, merge) do not matter.
-      least_pages: no share is smaller.
+      least_pages: no share is made smaller than this, but the last one and short sequences.
     """
     # Comparisons instead of scans and searches: each is one small fused reduction.
     batch = pages.shape[0]
@@ -118,13 +120,13 @@ def plan_work(
     is_whole = jnp.any(fits)
     size = jnp.min(jnp.where(fits, sizes, sizes[-1]))
     parts = pl.cdiv(pages, size)
-    first = jnp.where(is_whole, up_to(parts) - parts, (end - pages) // even)
-    parts = jnp.where(is_whole, parts, jnp.where(pages > 0, (end - 1) // even + 1 - first, 0))
+    program = jnp.where(is_whole, up_to(parts) - parts, (end - pages) // even)  # first to see b
+    parts = jnp.where(is_whole, parts, jnp.where(pages > 0, (end - 1) // even + 1 - program, 0))
 
     p = jnp.arange(programs + 1, dtype=jnp.int32)
-    done = jnp.clip(p[:, None] - first[None], 0, parts[None])
-    whole = count(done * pages[None] // jnp.maximum(parts[None], 1))
-    edge = jnp.minimum(jnp.where(is_whole, whole, p * even), total)
+    done = jnp.clip(p[:, None] - program[None], 0, parts[None])
+    of_parts = count(done * pages[None] // jnp.maximum(parts[None], 1))
+    edge = jnp.minimum(jnp.where(is_whole, of_parts, p * even), total)
     low, high = edge[:-1], edge[1:]
     earlier = rank[None] <= b[:, None]
     return WorkList(
@@ -134,7 +136,7 @@ def plan_work(
         stop=count(used & ((end - pages)[None] < high[:, None])),
         sequence=jnp.minimum(count(earlier), batch - 1),
         before=count(jnp.where(earlier, pages[None], 0)),
-        first_part=first + rank - 1,
+        first_part=program + rank - 1,
         part_count=parts,
     )
 

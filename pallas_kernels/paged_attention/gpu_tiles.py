@@ -24,8 +24,8 @@ class DecodeConfig:
     least_tokens: int = 256  # of a program
     at_once: int = 4  # programs that an SM has room for
     waves: int = 3  # of programs that run at once, to share pages among
-    programs: int | None = None  # to share pages among, in place of the two above
-    whole: bool = False  # whether sequences that fill the chip by themselves are left whole
+    programs: int | None = None  # at once and in all, in place of the two above (for tests)
+    unsplit: bool = False  # whether sequences that fill the chip by themselves are never cut
 
 
 # By the kind of codes, measured on an H100 with pages of 64 tokens: docs/gpu_tuning.md.
@@ -39,51 +39,57 @@ CONFIGS = {
     "int8": DecodeConfig(mask_all=False, early_factors=True),
     "planes": PLANES,
     "two": dataclasses.replace(PLANES, early_factors=False),  # values of 2 bits
-    "mixed": dataclasses.replace(PLANES, stages=2, early_factors=False),  # keys in bytes
+    "mixed": dataclasses.replace(PLANES, stages=2, early_factors=False),  # one side of 8 bits
 }
-# For up to 16 rows at head_dim 128, and exact blocks of MOST_BYTES, it is known how many programs
-# an SM has room for, and one wave of them is best (two of int8): shared memory pins it, as
-# registers are the compiler's choice. A grid smaller than what the chip has room for fills some SMs
-# and leaves others idle; elsewhere three waves lose less to that.
-PINNED = {
-    "exact": dict(at_once=3),
+# For up to 16 rows at head_dim 128 (and exact blocks of MOST_BYTES), where it was measured how many
+# programs an SM has room for: one wave of them was best, two of int8. Elsewhere three waves lose
+# less to a guess: a grid smaller than the chip's room fills some SMs and leaves others idle. Room
+# hangs on registers, the compiler's choice; the stages of "exact" and "planes" make shared memory
+# what bounds it.
+MEASURED = {
+    "exact": dict(at_once=3, waves=1),
+    "float8": dict(waves=1),
     "int8": dict(at_once=3, waves=2),
-    "planes": dict(stages=4),
+    "planes": dict(stages=4, waves=1),
+    "two": dict(waves=1),
+    "mixed": dict(waves=1),
 }
 # Blocks of a prompt's chunk: 128 rows in 8 warps fill an SM's registers.
-CHUNK = DecodeConfig(warps=8, mask_all=False, at_once=1, waves=1, whole=True)
+CHUNK = DecodeConfig(warps=8, mask_all=False, at_once=1, waves=1, unsplit=True)
 SMS = 132  # of an H100
-MOST_BYTES = 2**15  # of a block's exact keys and values
+MOST_BYTES = 2**15  # of an exact block's keys and values
 
 
 def choose_config(k: Reader, v: Reader, rows: int, window: int | None = None) -> DecodeConfig:
-    """Tile sizes for a pair of readers and `rows` query rows a kv head."""
+    """Tile sizes for a pair of readers and `rows` query rows a kv head.
+
+    Those of the kind of codes, then what rows, head_dim and window change, then what was measured.
+    """
     kind = _kind(k, v)
     config = CONFIGS[kind]
     if rows > 16 and config.transposed:
         config = dataclasses.replace(config, warps=4, at_once=4)
-    block = _block(config, k, v, rows, window)
+    block = _block(kind, k, v, rows, window)
     least_tokens = max(block, config.least_tokens)
     config = dataclasses.replace(config, block=block, least_tokens=least_tokens)
     full = kind == "exact" and block * (k.token_bytes + v.token_bytes) == MOST_BYTES
     if rows <= 16 and (k.head_dim == 128 or full):
-        config = dataclasses.replace(config, **({"waves": 1} | PINNED.get(kind, {})))
+        config = dataclasses.replace(config, **MEASURED.get(kind, {}))
     return config
 
 
-def _block(config: DecodeConfig, k: Reader, v: Reader, rows: int, window: int | None) -> int:
-    """Tokens of a block: about as many values, whatever the head_dim."""
-    if rows > 16 and config.transposed:
-        return 64
-    if not isinstance(k, PlanesReader) and not isinstance(v, PlanesReader):
+def _block(kind: str, k: Reader, v: Reader, rows: int, window: int | None) -> int:
+    """Tokens of a block: fewer of wide heads, more of narrow ones where registers allow it."""
+    if kind == "exact":
         few = rows > 16 or (window is not None and window < 1024)
         block = min(MOST_BYTES // (k.token_bytes + v.token_bytes), 64 if few else 128)
         return max(1 << block.bit_length() - 1, LEAST_COLUMNS)
-    if k.head_dim > 128:
+    transposed = CONFIGS[kind].transposed
+    if k.head_dim > 128 and not (transposed and rows > 16):
         return 32
-    # A third bit's words would repeat, and registers overflow.
-    long = k.head_dim <= 64 and config.transposed and not _has_third_bit(k, v)
-    return 128 if long else 64
+    # Words of a third bit would repeat, and registers overflow.
+    longer = k.head_dim <= 64 and transposed and rows <= 16 and not _has_third_bit(k, v)
+    return 128 if longer else 64
 
 
 def _has_third_bit(*sides: Reader) -> bool:

@@ -22,7 +22,15 @@ from jaxkv.codecs.token_major import TokenMajor
 from jaxkv.codecs.turboquant import TurboQuant
 from pallas_kernels.backends import interpret_kernels
 from pallas_kernels.dense_attention import dense_attention
-from pallas_kernels.paged_attention import gpu_decode, gpu_dequant, gpu_split, paged_attention
+from pallas_kernels.paged_attention import (
+    gpu,
+    gpu_chunks,
+    gpu_decode,
+    gpu_dequant,
+    gpu_split,
+    gpu_tiles,
+    paged_attention,
+)
 from pallas_kernels.paged_attention.gpu_tiles import DecodeConfig
 from pallas_kernels.pages import CodedPages, ExactPages
 from pallas_kernels.visibility import PageLag, seen_span
@@ -367,6 +375,45 @@ def test_sink_pages_of_a_table_of_their_own(case, interpret):
         case, interpret, options, page_table=ring, sink_table=sinks, kv_start=start
     )
     assert_close(got, want, TOLERANCE["bfloat16"])
+
+
+@pytest.fixture
+def few_programs(monkeypatch):
+    """Tile sizes as they are chosen, but programs so few that their shares cross sequences.
+
+    Gives a list of the shapes that were planned.
+    """
+    planned = []
+
+    def plan_work(pages, **sizes):
+        planned.append(pages.shape)
+        return gpu_split.plan_work(pages, **sizes)
+
+    def few(choose):
+        sizes = dict(programs=6, least_tokens=16, good_tokens=16, unsplit=False)
+        return lambda *args: dataclasses.replace(choose(*args), **sizes)
+
+    monkeypatch.setattr(gpu_decode, "plan_work", plan_work)
+    monkeypatch.setattr(gpu_decode, "choose_config", few(gpu_tiles.choose_config))
+    monkeypatch.setattr(gpu_chunks, "chunk_config", few(gpu_tiles.chunk_config))
+    traced = (gpu._attend_few, gpu._attend_chunk)
+    for function in traced:
+        function.clear_cache()
+    yield planned
+    for function in traced:
+        function.clear_cache()
+
+
+@pytest.mark.parametrize("case", CHUNK_CASES.values(), ids=CHUNK_CASES)
+def test_programs_cross_blocks_of_chunks(case, interpret, few_programs):
+    test_chunks_of_prompts(case, interpret)
+    assert few_programs
+
+
+@pytest.mark.parametrize("case", SINK_CASES.values(), ids=SINK_CASES)
+def test_programs_cross_sequences_behind_sinks(case, interpret, few_programs):
+    test_sink_pages_of_a_table_of_their_own(case, interpret)
+    assert few_programs
 
 
 def own(key, value):
