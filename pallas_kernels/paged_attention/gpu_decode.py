@@ -6,7 +6,6 @@ softmax in base 2. Scale and zero of a token enter as a factor on scores and pro
 rank-1 sum, so codes are never dequantized one by one. Blocks that all rows see whole carry no mask.
 """
 
-import dataclasses
 import functools
 import operator
 from typing import TYPE_CHECKING, cast
@@ -17,11 +16,11 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.paged_attention.gpu_case import Axes, Case, read_span, row_index, table_slot
+from pallas_kernels.paged_attention.gpu_blocks import Item, blocks_of
+from pallas_kernels.paged_attention.gpu_case import Axes, Case, read_span, row_index
 from pallas_kernels.paged_attention.gpu_dequant import (
     PlanesReader,
     Reader,
-    Where,
     coded_reader,
     exact_reader,
     exp2,
@@ -31,7 +30,6 @@ from pallas_kernels.paged_attention.gpu_means import load_bias, mean_scores
 from pallas_kernels.paged_attention.gpu_split import (
     LN2,
     NOTHING_SEEN,
-    SpanPages,
     combine,
     plan_work,
     program_bound,
@@ -257,24 +255,14 @@ def _permute(x: jax.Array, dims: np.ndarray) -> jax.Array:
     return x if np.array_equal(dims, np.arange(x.shape[-1])) else x[..., dims]
 
 
-@dataclasses.dataclass(frozen=True)
-class _Item:
-    """What a program does at a time: ordinal pages `start <= o < stop` of sequence `b`'s span."""
-
-    b: jax.Array
-    start: jax.Array
-    stop: jax.Array
-    span: SpanPages
-    part: jax.Array | None  # where its result goes; None for the output itself
-
-
 def _kernel(*args, names, case: Case, config: DecodeConfig):
+    """A program: a sequence, or its stretch of all sequences' pages, one after the other."""
     refs = dict(zip(names, args, strict=False))
     h, program = pl.program_id(0), pl.program_id(1)
     attend = functools.partial(_attend, refs, *args[len(names) :], h, case=case, config=config)
     if case.direct:
         span = read_span(refs, program, case)
-        attend(_Item(program, jnp.int32(0), span.pages, span, None))
+        attend(Item(program, jnp.int32(0), span.pages, span, None))
         return
     low, high = refs["low"][program], refs["high"][program]
 
@@ -283,15 +271,14 @@ def _kernel(*args, names, case: Case, config: DecodeConfig):
         span = read_span(refs, b, case)
         start = jnp.maximum(low - before, 0)
         stop = jnp.minimum(high - before, span.pages)
-        attend(_Item(b, start, stop, span, program + k))
+        attend(Item(b, start, stop, span, program + k))
 
     jax.lax.fori_loop(refs["first"][program], refs["stop"][program], step, None)
 
 
-def _attend(refs, out_ref, lse_ref, h, item: _Item, *, case: Case, config: DecodeConfig):
+def _attend(refs, out_ref, lse_ref, h, item: Item, *, case: Case, config: DecodeConfig):
     """Attends an item's pages and stores the result of kv head `h`'s rows."""
-    block, page_size = config.block, case.page_size
-    b, span, layer = item.b, item.span, refs["layer"][0]
+    b, layer = item.b, refs["layer"][0]
     kv_start, kv_stop = refs["kv_start"][b], refs["kv_stop"][b]
     q_start, q_len = refs["q_start"][b], refs["q_lens"][b]
     axes = Axes(config.transposed)
@@ -313,55 +300,9 @@ def _attend(refs, out_ref, lse_ref, h, item: _Item, *, case: Case, config: Decod
     # The dots' sum has one gain: what the others' differ by, a power of two, goes into q.
     q = [x if g == k_gains[0] else x * (g / k_gains[0]) for x, g in zip(q, k_gains, strict=True)]
 
-    # Tokens of the item's pages, counted from its first page; `length` of them lie in the span.
-    base = item.start * page_size
-    first = span.position(base, page_size)
-    stop = _ordinal(kv_stop, span, case)
-    if case.sink_pages:
-        assert span.head is not None
-        sink_start, sink_stop = refs["sink_start"][b], refs["sink_stop"][b]
-        stop = jnp.where(span.pages > span.head, stop, sink_stop)
-    length = jnp.minimum((item.stop - item.start) * page_size, stop - base)
-    blocks = pl.cdiv(jnp.maximum(length, 0), block)
-
-    def in_span(positions):
-        if not case.sink_pages:
-            return (positions >= kv_start) & (positions < kv_stop)
-        is_sink = positions < case.sink_pages * page_size
-        start = jnp.where(is_sink, sink_start, kv_start)
-        return (positions >= start) & (positions < jnp.where(is_sink, sink_stop, kv_stop))
-
-    def find(i):
-        """Position of a block's first token and its page's slot of the table; or of every token.
-
-        Past the item's end, too, the slot is one of the table's.
-        """
-        token = base + i * block
-        if page_size < block:
-            token = token + jnp.arange(block, dtype=jnp.int32)
-        position = span.position(token, page_size)
-        return position, table_slot(position // page_size, refs, case)
-
-    def look_up(i):
-        """What the table holds for a block: one page, or one for every token."""
-        _, place = find(i)
-        return refs["table"][b, place]
-
-    def locate(i, masked, page):
-        """Where the block's tokens are, their positions, and which lie in the span."""
-        position, place = find(i)
-        if page_size >= block:
-            slot = pl.ds(pl.multiple_of(position % page_size, block), block)
-            positions = position + jnp.arange(block, dtype=jnp.int32)
-            inside = in_span(positions)
-        else:
-            slot, positions, inside = position % page_size, position, in_span(position)
-            if masked:
-                tokens = i * block + jnp.arange(block, dtype=jnp.int32)
-                inside = inside & (tokens < length)
-                page = jnp.where(inside, page, 0)  # past its end the table may hold anything
-        where = Where(layer, h, page, slot, block, place, inside if masked else None)
-        return where, positions, inside
+    blocks = blocks_of(
+        item, refs, case, size=config.block, head=h, layer=layer, kv_span=(kv_start, kv_stop)
+    )
 
     def sees(positions, inside):
         """Which row sees which token, in the orientation of the scores."""
@@ -371,7 +312,7 @@ def _attend(refs, out_ref, lse_ref, h, item: _Item, *, case: Case, config: Decod
         seen = visible(i, j, window=case.window, sink_tokens=case.sink_tokens)
         if case.lag is not None:
             # Sink pages are served whatever their distance.
-            seen = seen & (case.lag.serves(i, j) | (j < case.sink_pages * page_size))
+            seen = seen & (case.lag.serves(i, j) | (j < case.sink_pages * case.page_size))
         return seen & axes.by_token(inside) & axes.by_row(row_token < q_len)
 
     def load_factors(where):
@@ -381,7 +322,7 @@ def _attend(refs, out_ref, lse_ref, h, item: _Item, *, case: Case, config: Decod
 
     def attend(i, state, masked, page):
         m, l, zero_sum, accs = state
-        where, positions, inside = locate(i, masked, page)
+        where, positions, inside = blocks.locate(i, page, masked=masked)
         factors = load_factors(where) if config.early_factors else None
         k_words = case.k.load(k_refs, where)
         v_words = case.v.load(v_refs, where, dims_first=axes.transposed)
@@ -435,8 +376,7 @@ def _attend(refs, out_ref, lse_ref, h, item: _Item, *, case: Case, config: Decod
         are left after the loads that their addresses wait for: with the page among these, three
         stages copied nothing ahead.
         """
-
-        page_of_start = look_up(number(start))
+        page_of_start = blocks.look_up(number(start))
         if refs["table"].shape[1] == 1:
             # Triton moves what no step changes out of the loop, and then trips over the carry.
             step = lambda e, state: attend(number(e), state, masked, page_of_start)
@@ -444,40 +384,50 @@ def _attend(refs, out_ref, lse_ref, h, item: _Item, *, case: Case, config: Decod
 
         def step_ahead(e, carry):
             state, page = carry
-            ahead = look_up(number(jnp.minimum(e + 1, stop - 1)))
+            ahead = blocks.look_up(number(jnp.minimum(e + 1, stop - 1)))
             return attend(number(e), state, masked, page), ahead
 
         return jax.lax.fori_loop(start, stop, step_ahead, (state, page_of_start))[0]
 
     state = (
         jnp.full((rows,), NOTHING_SEEN, jnp.float32),
-        axes.no_sum(rows, block),
-        axes.no_sum(rows, block),
+        axes.no_sum(rows, config.block),
+        axes.no_sum(rows, config.block),
         tuple(jnp.zeros(axes.shape(rows, size), jnp.float32) for _, size in _columns(case.v)),
     )
     sinks = case.sink_pages or (case.window is not None and case.sink_tokens)
+    count = blocks.count
     if config.mask_all or sinks:
-        state = run(0, blocks, state, masked=True)
+        state = run(0, count, state, masked=True)
     else:
         low, high = _whole_span(case, q_start, q_len, kv_start, kv_stop)
-        whole_start = jnp.clip(pl.cdiv(jnp.maximum(low - first, 0), block), 0, blocks)
-        whole_stop = jnp.clip(jnp.minimum(high - first, length) // block, whole_start, blocks)
+        first, length = blocks.first, blocks.length
+        whole_start = jnp.clip(pl.cdiv(jnp.maximum(low - first, 0), config.block), 0, count)
+        whole_stop = jnp.minimum(high - first, length) // config.block
+        whole_stop = jnp.clip(whole_stop, whole_start, count)
         state = run(whole_start, whole_stop, state, masked=False)
         edge = lambda e: jnp.where(e < whole_start, e, e - whole_start + whole_stop)
-        edges = whole_start + blocks - whole_stop
+        edges = whole_start + count - whole_stop
         state = run(0, edges, state, masked=True, number=edge)
 
     m, l, zero_sum, accs = state
-    l, zero_sum = axes.total(l), axes.total(zero_sum)
-    seen = (l > 0) & (row_token < q_len)
+    state = m - offset, axes.total(l), axes.total(zero_sum), accs
+    _store(out_ref, lse_ref, h, item, state, row_token < q_len, axes=axes, case=case)
+
+
+def _store(out_ref, lse_ref, h, item: Item, state, counts, *, axes: Axes, case: Case):
+    """Stores outputs and log-sum-exps of the rows, of those that `counts` says a query's."""
+    m, l, zero_sum, accs = state
+    [rows] = l.shape
+    seen = (l > 0) & counts
     total = jnp.where(seen, l, 1.0)
     norm = jnp.where(seen, 1.0 / total, 0.0)
     row = jnp.arange(rows, dtype=jnp.int32)
+    # Padding rows are masked, and out of bounds as well: the interpreter would store them.
     real = row < case.rows
-    # Padding rows are sent out of bounds as well: the interpreter would store their old values.
-    lse = m - offset + jnp.log2(total)
+    lse = m + jnp.log2(total)
     if item.part is None:
-        at = (b, row // case.group, row % case.group + h * case.group)
+        at = (item.b, row // case.group, row % case.group + h * case.group)
         lse = jnp.where(seen, lse * LN2, -jnp.inf)
     else:
         at = (item.part, h, row)
@@ -490,7 +440,7 @@ def _attend(refs, out_ref, lse_ref, h, item: _Item, *, case: Case, config: Decod
         if len(case.v_factors) > 1:
             acc = acc + axes.by_row(zero_sum)
         y = jnp.where(axes.by_row(seen), acc * axes.by_row(norm), 0.0)
-        y = (y.T if config.transposed else y).astype(out_ref.dtype)
+        y = (y.T if axes.transposed else y).astype(out_ref.dtype)
         column = int(start) + jnp.arange(size, dtype=jnp.int32)
         rows_at = (x if jnp.ndim(x) == 0 else jnp.broadcast_to(x[:, None], y.shape) for x in at)
         plgpu.store(
@@ -504,12 +454,6 @@ def _columns(reader: Reader) -> list[tuple[int, int]]:
     """`(start, size)` of each operand in the reader's order of dims."""
     sizes = [len(dims) for dims in reader.dims]
     return list(zip(np.cumsum([0, *sizes[:-1]]), sizes, strict=True))
-
-
-def _ordinal(kv_stop, span: SpanPages, case: Case):
-    """How many tokens of the ordinals' pages lie before `kv_stop`."""
-    stop = kv_stop - span.first * case.page_size
-    return stop if span.gap is None else stop - span.gap * case.page_size
 
 
 def _whole_span(case: Case, q_start, q_len, kv_start, kv_stop):
