@@ -416,7 +416,7 @@ def _attend(refs, out_ref, lse_ref, h, item: Item, *, case: Case, config: Decode
 
 
 def _store(out_ref, lse_ref, h, item: Item, state, counts, *, axes: Axes, case: Case):
-    """Stores outputs and log-sum-exps of the rows, of those that `counts` says a query's."""
+    """Stores outputs and log-sum-exps of the rows; `counts` says which have a query."""
     m, l, zero_sum, accs = state
     [rows] = l.shape
     seen = (l > 0) & counts
