@@ -66,7 +66,7 @@ class Args:
 def layer_spec(args: Args, shape: Workload, codec: str, *, together: bool) -> jaxkv.LayerSpec:
     """A layer with all of the segments, or with as few as the codec allows."""
     store = get_codec(codec)
-    least = 1 if getattr(store, "key_mean", None) == "page" else 0  # its mean needs a whole page
+    least = 1 if store.key_mean == "page" else 0  # which needs a whole page
     store = dataclasses.replace(
         store,
         recent_pages=max(least, args.recent_pages if together else 0),
@@ -75,7 +75,7 @@ def layer_spec(args: Args, shape: Workload, codec: str, *, together: bool) -> ja
     return jaxkv.LayerSpec(
         kv_heads=shape.kv_heads,
         head_dim=shape.head_dim,
-        window=args.window or shape.window,
+        window=shape.window if args.window is None else args.window,
         sink_tokens=args.sink_tokens if together else 0,
         codec=store,
     )
@@ -184,7 +184,9 @@ def main(args: Args) -> int:
         "more a byte": [f"{row['more_a_byte']:+.1%}" for row in rows],
         "error": [f"{row['error']:.1e}" + ("" if row["ok"] else " FAIL") for row in rows],
     }
-    about = f"{args.workload}, batch {args.batch}, {args.context} tokens, window {args.window}"
+    about = f"{args.workload}, batch {args.batch}, {args.context} tokens"
+    if spec.window is not None:
+        about += f", window {spec.window}"
     title = f"{about}, {jax.devices()[0].device_kind}"
     Console(file=sys.stdout, highlight=False).print(make_table(title, columns))
     if args.json:

@@ -187,11 +187,6 @@ class WholeReader:
     arrays: tuple[str, ...]
 
     @property
-    def token_bytes(self) -> int:
-        """Of a token's loads."""
-        return self.head_dim * jnp.dtype(self.stored).itemsize
-
-    @property
     def dims(self) -> tuple[np.ndarray, ...]:
         """Dims in each operand's columns."""
         return tuple(np.arange(a, a + n) for a, n in split_columns(self.head_dim))
@@ -242,12 +237,6 @@ class PlanesReader:
     @property
     def words(self) -> int:
         return self.head_dim * self.width // self.word_bits
-
-    @property
-    def token_bytes(self) -> int:
-        """Of a token's loads, words that repeat counted as often."""
-        columns = sum(tile.columns for tile in self.tiles)
-        return len(self.arrays) * columns * self.word_bits // 8
 
     @property
     def tiles(self) -> tuple[Tile, ...]:

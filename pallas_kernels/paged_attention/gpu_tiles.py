@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 
 from pallas_kernels.paged_attention.gpu_dequant import LEAST_COLUMNS, PlanesReader, Reader
 from pallas_kernels.pages import CodedPages, Pages
@@ -72,7 +73,7 @@ def choose_config(k: Reader, v: Reader, rows: int, window: int | None = None) ->
     block = _block(kind, k, v, rows, window)
     least_tokens = max(block, config.least_tokens)
     config = dataclasses.replace(config, block=block, least_tokens=least_tokens)
-    full = kind == "exact" and block * (k.token_bytes + v.token_bytes) == MOST_BYTES
+    full = kind == "exact" and block * _exact_bytes(k, v) == MOST_BYTES
     if rows <= 16 and (k.head_dim == 128 or full):
         config = dataclasses.replace(config, **MEASURED.get(kind, {}))
     return config
@@ -82,7 +83,7 @@ def _block(kind: str, k: Reader, v: Reader, rows: int, window: int | None) -> in
     """Tokens of a block: fewer of wide heads, more of narrow ones where registers allow it."""
     if kind == "exact":
         few = rows > 16 or (window is not None and window < 1024)
-        block = min(MOST_BYTES // (k.token_bytes + v.token_bytes), 64 if few else 128)
+        block = min(MOST_BYTES // _exact_bytes(k, v), 64 if few else 128)
         return max(1 << block.bit_length() - 1, LEAST_COLUMNS)
     transposed = CONFIGS[kind].transposed
     if k.head_dim > 128 and not (transposed and rows > 16):
@@ -90,6 +91,11 @@ def _block(kind: str, k: Reader, v: Reader, rows: int, window: int | None) -> in
     # Words of a third bit would repeat, and registers overflow.
     longer = k.head_dim <= 64 and transposed and rows <= 16 and not _has_third_bit(k, v)
     return 128 if longer else 64
+
+
+def _exact_bytes(*sides: Reader) -> int:
+    """Of a token's values, stored as they are read."""
+    return sum(side.head_dim * jnp.dtype(side.dtype).itemsize for side in sides)
 
 
 def _has_third_bit(*sides: Reader) -> bool:

@@ -57,6 +57,7 @@ def test_a_wrong_result_fails_the_run(capsys, monkeypatch):
         (dict(workload="llama9"), "--workload 'llama9' must be one of llama-3-8b"),
         (dict(recent_pages=-1), "--recent-pages -1 must not be negative"),
         (dict(batch=0), "--batch 0 must be at least 1"),
+        (dict(window=0), "window=0 must be at least 1"),
         (dict(codec=("exact",)), "--codec exact: an exact cache has no coded pages"),
         (dict(codec=("5bit",)), "5bit"),
     ],
