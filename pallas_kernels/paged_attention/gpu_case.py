@@ -44,18 +44,23 @@ class Case:
         return self.q_tokens > 1 or (self.window is not None and self.sink_tokens > 0)
 
 
-def read_span(refs, b, case: Case) -> SpanPages:
-    """Pages that some query of sequence `b` sees."""
-    sinks = (refs["sink_start"][b], refs["sink_stop"][b]) if case.sink_pages else None
+def find_span(x, case: Case) -> SpanPages:
+    """Pages that some query of a sequence sees: `x` has its numbers by name."""
     return span_pages(
-        refs["q_start"][b],
-        refs["kv_start"][b],
-        refs["kv_stop"][b],
+        x["q_start"],
+        x["kv_start"],
+        x["kv_stop"],
         page_size=case.page_size,
         window=case.window,
         sink_tokens=case.sink_tokens,
-        sink_span=sinks,
+        sink_span=(x["sink_start"], x["sink_stop"]) if case.sink_pages else None,
     )
+
+
+def read_span(refs, b, case: Case) -> SpanPages:
+    """`find_span` of sequence `b`, from refs."""
+    names = ("q_start", "kv_start", "kv_stop", "sink_start", "sink_stop")
+    return find_span({name: refs[name][b] for name in names if name in refs}, case)
 
 
 def table_slot(logical, refs, case: Case):

@@ -16,8 +16,9 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from pallas_kernels.gpu_rotation import rotate_rows
 from pallas_kernels.paged_attention.gpu_blocks import Item, blocks_of
-from pallas_kernels.paged_attention.gpu_case import Axes, Case, read_span, row_index
+from pallas_kernels.paged_attention.gpu_case import Axes, Case, find_span, read_span, row_index
 from pallas_kernels.paged_attention.gpu_dequant import (
     PlanesReader,
     Reader,
@@ -27,14 +28,8 @@ from pallas_kernels.paged_attention.gpu_dequant import (
     factor_value,
 )
 from pallas_kernels.paged_attention.gpu_means import load_bias, mean_scores
-from pallas_kernels.paged_attention.gpu_split import (
-    LN2,
-    NOTHING_SEEN,
-    combine,
-    plan_work,
-    program_bound,
-    span_pages,
-)
+from pallas_kernels.paged_attention.gpu_plan import plan_work, program_bound
+from pallas_kernels.paged_attention.gpu_split import LN2, NOTHING_SEEN, combine
 from pallas_kernels.paged_attention.gpu_tiles import DecodeConfig, choose_config, count_sms
 from pallas_kernels.pages import CodedPages, Pages
 from pallas_kernels.visibility import visible
@@ -89,15 +84,6 @@ def paged_attention(
     v = v if "v" in config.lookups else v.computed()
     _check(head_dim, page_size, group, q_tokens, arrays)
 
-    span = span_pages(
-        q_start,
-        kv_start,
-        kv_stop,
-        page_size=page_size,
-        window=window,
-        sink_tokens=sink_tokens,
-        sink_span=sink_span,
-    )
     most_pages = page_table.shape[1]
     if window is not None and (sink_table is not None or not sink_tokens):
         most_pages = min(most_pages, (window + q_tokens - 2) // page_size + 2)
@@ -133,31 +119,28 @@ def paged_attention(
         direct=most_pages <= least_pages or (config.unsplit and fills),
         asm=not interpret,
     )
-    scalars = dict(
-        layer=jnp.asarray(layer, jnp.int32).reshape(1),
-        q_start=q_start,
-        q_lens=q_lens,
-        kv_start=kv_start,
-        kv_stop=kv_stop,
-        table=page_table,
-    )
+    spans = dict(q_start=q_start, kv_start=kv_start, kv_stop=kv_stop)
     if sink_span is not None:
-        scalars |= dict(zip(("sink_start", "sink_stop"), sink_span, strict=True))
+        spans |= dict(zip(("sink_start", "sink_stop"), sink_span, strict=True))
+    scalars = spans | dict(
+        layer=jnp.asarray(layer, jnp.int32).reshape(1), q_lens=q_lens, table=page_table
+    )
     if case.direct:
         programs = batch
     else:
         work = plan_work(
-            span.pages,
+            spans,
+            functools.partial(find_span, case=case),
             programs=programs,
             fewest=max(1, at_once // kv_heads),
             good_pages=1 if fills else max(1, config.good_tokens // page_size),
             least_pages=least_pages,
+            interpret=interpret,
         )
-        names = ("low", "high", "first", "stop", "sequence", "before")
+        names = ("low", "high", "first", "stop", "sequence", "before", "part_count")
         scalars |= {name: getattr(work, name) for name in names}
     if coded:
-        q = pages.layout.codec.key.rotate(q) * (scale * LOG2E)
-        q = jnp.clip(q, -FLOAT16_MAX, FLOAT16_MAX).astype(k.dtype)
+        q = _prepare_q(q, pages, scale=scale * LOG2E, dtype=k.dtype, interpret=interpret)
         if case.has_mean:
             scalars["bias"] = mean_scores(
                 q, pages.key_mean, scalars, case, config, pages=most_pages, interpret=interpret
@@ -171,37 +154,42 @@ def paged_attention(
     for side, reader in (("k", k), ("v", v)):
         if isinstance(reader, PlanesReader) and reader.shifts.any():
             refs[f"{side}_shifts"] = jnp.asarray(reader.shifts)
-    rows = case.rows
-    if case.direct:
-        shapes = [(batch, q_tokens, q_heads, head_dim), (batch, q_tokens, q_heads)]
-    else:
-        parts = (programs + batch, kv_heads, rows)
-        shapes = [(*parts, head_dim), parts]
-    kernel_dtype = jnp.float32 if coded else out_dtype  # of what the last kernel writes
-    dtypes = (kernel_dtype if case.direct else jnp.float32, jnp.float32)
-    out, lse = pl.pallas_call(
-        functools.partial(_kernel, names=tuple(refs), case=case, config=config),
-        out_shape=list(map(jax.ShapeDtypeStruct, shapes, dtypes)),
+    out_shape = dict(
+        out=jax.ShapeDtypeStruct(q.shape, jnp.float32 if coded else out_dtype),
+        lse=jax.ShapeDtypeStruct(q.shape[:-1], jnp.float32),
+    )
+    if not case.direct:
+        parts = (programs + batch, kv_heads, case.rows)
+        out_shape["part"] = jax.ShapeDtypeStruct((*parts, head_dim), jnp.float32)
+        out_shape["part_lse"] = jax.ShapeDtypeStruct(parts, jnp.float32)
+    out, lse, *parts = pl.pallas_call(
+        functools.partial(_kernel, names=(*refs, *out_shape), case=case, config=config),
+        out_shape=list(out_shape.values()),
         grid=(kv_heads, programs),
         compiler_params=plgpu.CompilerParams(num_warps=config.warps, num_stages=config.stages),
         interpret=interpret,
         name="paged_attention_decode",
     )(*refs.values())
     if not case.direct:
+        part, part_lse = parts
         out, lse = combine(
-            out,
-            lse,
-            work.first_part,
-            work.part_count,
-            q_tokens=q_tokens,
-            group=group,
-            out_dtype=kernel_dtype,
-            interpret=interpret,
+            part, part_lse, work.first_part, work.part_count, out, lse, interpret=interpret
         )
     out = _permute(out, np.argsort(np.concatenate(v.dims)))
-    if coded:
-        out = pages.layout.codec.value.unrotate(out)
+    value = pages.layout.codec.value if coded else None
+    if value is not None and value.rotated:
+        out = rotate_rows(out, value.unrotate, out_dtype=out_dtype, interpret=interpret)
     return out.astype(out_dtype), lse
+
+
+def _prepare_q(q, pages: CodedPages, *, scale: float, dtype, interpret: bool):
+    """Queries in the space of the codes, scaled, in the dtype of the dots."""
+    key = pages.layout.codec.key
+    if key.rotated:
+        return rotate_rows(
+            q, key.rotate, scale=scale, limit=FLOAT16_MAX, out_dtype=dtype, interpret=interpret
+        )
+    return jnp.clip(key.rotate(q) * scale, -FLOAT16_MAX, FLOAT16_MAX).astype(dtype)
 
 
 def default_config(pages: Pages, *, rows: int, window: int | None = None) -> DecodeConfig:
@@ -257,9 +245,9 @@ def _permute(x: jax.Array, dims: np.ndarray) -> jax.Array:
 
 def _kernel(*args, names, case: Case, config: DecodeConfig):
     """A program: a sequence, or its stretch of all sequences' pages, one after the other."""
-    refs = dict(zip(names, args, strict=False))
+    refs = dict(zip(names, args, strict=True))
     h, program = pl.program_id(0), pl.program_id(1)
-    attend = functools.partial(_attend, refs, *args[len(names) :], h, case=case, config=config)
+    attend = functools.partial(_attend, refs, h, case=case, config=config)
     if case.direct:
         span = read_span(refs, program, case)
         attend(Item(program, jnp.int32(0), span.pages, span, None))
@@ -276,7 +264,7 @@ def _kernel(*args, names, case: Case, config: DecodeConfig):
     jax.lax.fori_loop(refs["first"][program], refs["stop"][program], step, None)
 
 
-def _attend(refs, out_ref, lse_ref, h, item: Item, *, case: Case, config: DecodeConfig):
+def _attend(refs, h, item: Item, *, case: Case, config: DecodeConfig):
     """Attends an item's pages and stores the result of kv head `h`'s rows."""
     b, layer = item.b, refs["layer"][0]
     kv_start, kv_stop = refs["kv_start"][b], refs["kv_stop"][b]
@@ -412,11 +400,14 @@ def _attend(refs, out_ref, lse_ref, h, item: Item, *, case: Case, config: Decode
 
     m, l, zero_sum, accs = state
     state = m - offset, axes.total(l), axes.total(zero_sum), accs
-    _store(out_ref, lse_ref, h, item, state, row_token < q_len, axes=axes, case=case)
+    _store(refs, h, item, state, row_token < q_len, axes=axes, case=case)
 
 
-def _store(out_ref, lse_ref, h, item: Item, state, counts, *, axes: Axes, case: Case):
-    """Stores outputs and log-sum-exps of the rows; `counts` says which have a query."""
+def _store(refs, h, item: Item, state, counts, *, axes: Axes, case: Case):
+    """Stores outputs and log-sum-exps of the rows; `counts` says which have a query.
+
+    A sequence's only part is its result, and is not merged.
+    """
     m, l, zero_sum, accs = state
     [rows] = l.shape
     seen = (l > 0) & counts
@@ -425,14 +416,18 @@ def _store(out_ref, lse_ref, h, item: Item, state, counts, *, axes: Axes, case: 
     row = jnp.arange(rows, dtype=jnp.int32)
     # Padding rows are masked, and out of bounds as well: the interpreter would store them.
     real = row < case.rows
-    lse = m + jnp.log2(total)
-    if item.part is None:
-        at = (item.b, row // case.group, row % case.group + h * case.group)
-        lse = jnp.where(seen, lse * LN2, -jnp.inf)
-    else:
-        at = (item.part, h, row)
-        lse = jnp.where(seen, lse, NOTHING_SEEN)
-    plgpu.store(lse_ref.at[at], lse, mask=real)
+    lse = jnp.where(seen, m + jnp.log2(total), NOTHING_SEEN)
+    natural = jnp.where(seen, lse * LN2, -jnp.inf)
+    at = (item.b, row // case.group, row % case.group + h * case.group)
+    targets = [(refs["out"], refs["lse"], at, natural, real)]
+    if item.part is not None:
+        whole = refs["part_count"][item.b] == 1
+        targets = [
+            (refs["out"], refs["lse"], at, natural, real & whole),
+            (refs["part"], refs["part_lse"], (item.part, h, row), lse, real & ~whole),
+        ]
+    for _, lse_ref, at, lse, mask in targets:
+        plgpu.store(lse_ref.at[at], lse, mask=mask)
     for acc, gain, (start, size) in zip(
         accs, case.v.gains(case.asm), _columns(case.v), strict=True
     ):
@@ -440,14 +435,18 @@ def _store(out_ref, lse_ref, h, item: Item, state, counts, *, axes: Axes, case: 
         if len(case.v_factors) > 1:
             acc = acc + axes.by_row(zero_sum)
         y = jnp.where(axes.by_row(seen), acc * axes.by_row(norm), 0.0)
-        y = (y.T if axes.transposed else y).astype(out_ref.dtype)
+        y = y.T if axes.transposed else y
         column = int(start) + jnp.arange(size, dtype=jnp.int32)
-        rows_at = (x if jnp.ndim(x) == 0 else jnp.broadcast_to(x[:, None], y.shape) for x in at)
-        plgpu.store(
-            out_ref.at[(*rows_at, jnp.broadcast_to(column[None], y.shape))],
-            y,
-            mask=jnp.broadcast_to(real[:, None], y.shape),
-        )
+        column = jnp.broadcast_to(column[None], y.shape)
+        for out_ref, _, at, _, mask in targets:
+            place = (x if jnp.ndim(x) == 0 else _spread(x, y.shape) for x in at)
+            mask = _spread(mask, y.shape)
+            plgpu.store(out_ref.at[(*place, column)], y.astype(out_ref.dtype), mask=mask)
+
+
+def _spread(x, shape):
+    """A row's number at each of its columns."""
+    return jnp.broadcast_to(x[:, None], shape)
 
 
 def _columns(reader: Reader) -> list[tuple[int, int]]:

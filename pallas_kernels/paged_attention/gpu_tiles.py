@@ -36,21 +36,18 @@ PLANES = DecodeConfig(
 CONFIGS = {
     "exact": DecodeConfig(),
     "byte": DecodeConfig(warps=1, early_factors=True, at_once=8),
-    "float8": DecodeConfig(mask_all=False, early_factors=True),
-    "int8": DecodeConfig(mask_all=False, early_factors=True),
+    "eight": DecodeConfig(mask_all=False, early_factors=True),
     "planes": PLANES,
     "two": dataclasses.replace(PLANES, early_factors=False),  # values of 2 bits
     "mixed": dataclasses.replace(PLANES, stages=2, early_factors=False),  # one side of 8 bits
 }
-# For up to 16 rows at head_dim 128 (and exact blocks of MOST_BYTES), where it was measured how many
-# programs an SM has room for: one wave of them was best, two of int8. Elsewhere three waves lose
-# less to a guess: a grid smaller than the chip's room fills some SMs and leaves others idle. Room
-# hangs on registers, the compiler's choice; the stages of "exact" and "planes" make shared memory
-# what bounds it.
+# For up to 16 rows, where it was measured how many programs an SM has room for: one wave of them
+# was best, of 8-bit codes half of one. Elsewhere three waves lose less to a guess: a grid smaller
+# than the chip's room fills some SMs and leaves others idle. Room hangs on registers, the
+# compiler's choice; the stages of "exact" and "planes" make shared memory what bounds it.
 MEASURED = {
     "exact": dict(at_once=3, waves=1),
-    "float8": dict(waves=1),
-    "int8": dict(at_once=3, waves=2),
+    "eight": dict(warps=1, transposed=True, waves=1),
     "planes": dict(stages=4, waves=1),
     "two": dict(waves=1),
     "mixed": dict(waves=1),
@@ -73,33 +70,32 @@ def choose_config(k: Reader, v: Reader, rows: int, window: int | None = None) ->
     block = _block(kind, k, v, rows, window)
     least_tokens = max(block, config.least_tokens)
     config = dataclasses.replace(config, block=block, least_tokens=least_tokens)
-    full = kind == "exact" and block * _exact_bytes(k, v) == MOST_BYTES
-    if rows <= 16 and (k.head_dim == 128 or full):
+    full = block * _exact_bytes(k, v) == MOST_BYTES
+    measured = {
+        "exact": full or k.head_dim == 128,
+        "eight": True,
+    }.get(kind, k.head_dim <= 192)
+    if rows <= 16 and measured:
         config = dataclasses.replace(config, **MEASURED.get(kind, {}))
     return config
 
 
 def _block(kind: str, k: Reader, v: Reader, rows: int, window: int | None) -> int:
-    """Tokens of a block: fewer of wide heads, more of narrow ones where registers allow it."""
+    """Tokens of a block: fewer of wide heads, more of exact narrow ones.
+
+    Of codes never more than a page usually has: tokens of several are looked up one by one.
+    """
     if kind == "exact":
         few = rows > 16 or (window is not None and window < 1024)
         block = min(MOST_BYTES // _exact_bytes(k, v), 64 if few else 128)
         return max(1 << block.bit_length() - 1, LEAST_COLUMNS)
     transposed = CONFIGS[kind].transposed
-    if k.head_dim > 128 and not (transposed and rows > 16):
-        return 32
-    # Words of a third bit would repeat, and registers overflow.
-    longer = k.head_dim <= 64 and transposed and rows <= 16 and not _has_third_bit(k, v)
-    return 128 if longer else 64
+    return 32 if k.head_dim > 128 and not (transposed and rows > 16) else 64
 
 
 def _exact_bytes(*sides: Reader) -> int:
     """Of a token's values, stored as they are read."""
     return sum(side.head_dim * jnp.dtype(side.dtype).itemsize for side in sides)
-
-
-def _has_third_bit(*sides: Reader) -> bool:
-    return any(len(side.arrays) > 1 for side in sides)
 
 
 def _kind(k: Reader, v: Reader) -> str:
@@ -108,7 +104,7 @@ def _kind(k: Reader, v: Reader) -> str:
     if not isinstance(k, PlanesReader) or not isinstance(v, PlanesReader):
         return "mixed"
     if k.width == v.width == 8:
-        return "float8" if k.bytes_are.startswith("float8") else "int8"
+        return "eight"
     if 8 in (k.width, v.width):
         return "mixed"
     return "two" if v.levels.bits == 2 else "planes"

@@ -14,6 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.backends import interpreted
+from pallas_kernels.gpu_rotation import sign_matrix, times_signs
 from pallas_kernels.pages import CodedPages, ExactPages
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def quantize_pages(
     )
     for side, tensor in (("k", codec.key), ("v", codec.value)):
         if tensor.rotated:
-            inputs[f"{side}_rotation"] = _sign_matrix(tensor, head_dim)
+            inputs[f"{side}_rotation"] = sign_matrix(tensor.rotate, head_dim)
     inputs["pre_scales"] = jnp.asarray(_pre_scales(codec), jnp.float32)
     pools = dict(coded.arrays)
     if coded.key_mean is not None:  # a page's is written, a static one only read
@@ -92,25 +93,6 @@ def quantize_pages(
 def _pre_scales(codec) -> tuple[float, ...]:
     """What either side's search tries; both try the same."""
     return next((t.pre_scales for t in (codec.key, codec.value) if t.rotated and t.search), (1.0,))
-
-
-def _sign_matrix(tensor, head_dim: int) -> jax.Array:
-    """The codec's rotation times `sqrt(head_dim)`: +-1, exact in bfloat16, for powers of two."""
-    with jax.ensure_compile_time_eval():  # a constant, not work for each step
-        matrix = tensor.rotate(jnp.eye(head_dim, dtype=jnp.float32))
-        return jnp.sign(matrix).astype(jnp.bfloat16)
-
-
-def _rotate(x, matrix):
-    """`x @ rotation` to float32's precision on the matrix units: x in three parts of 8 bits."""
-    parts = []
-    for _ in range(3):
-        bits = jax.lax.bitcast_convert_type(x, jnp.uint32) & jnp.uint32(0xFFFF0000)
-        part = jax.lax.bitcast_convert_type(bits, jnp.float32)
-        parts.append(part.astype(jnp.bfloat16))
-        x = x - part
-    dots = [jnp.dot(part, matrix, preferred_element_type=jnp.float32) for part in parts[::-1]]
-    return sum(dots[1:], dots[0]) * matrix.shape[0] ** -0.5
 
 
 def _kernel(*args, names, layout: "TokenMajor"):
@@ -171,7 +153,8 @@ def _quantize(tensor, x, mean, rotation, pre_scales):
         codes = record.codes.astype(jnp.int32)
         signed = tensor.codes_dtype == jnp.int8
         return (codes + 128 if signed else codes), record.factors
-    z, length = tensor.normalize(x, mean, lambda y: _rotate(y, rotation[...]))
+    rotate = lambda y: times_signs(y, rotation[...]) * x.shape[1] ** -0.5
+    z, length = tensor.normalize(x, mean, rotate)
     codes = _search(tensor, z, pre_scales) if tensor.search else tensor.levels.encode(z)
     return codes.astype(jnp.int32), (tensor.stored_factor(z, codes, length),)
 

@@ -27,7 +27,7 @@ from pallas_kernels.paged_attention import (
     gpu_chunks,
     gpu_decode,
     gpu_dequant,
-    gpu_split,
+    gpu_plan,
     gpu_tiles,
     paged_attention,
 )
@@ -385,9 +385,9 @@ def few_programs(monkeypatch):
     """
     planned = []
 
-    def plan_work(pages, **sizes):
-        planned.append(pages.shape)
-        return gpu_split.plan_work(pages, **sizes)
+    def plan_work(scalars, find_span, **sizes):
+        planned.append(scalars["kv_stop"].shape)
+        return gpu_plan.plan_work(scalars, find_span, **sizes)
 
     def few(choose):
         sizes = dict(programs=6, least_tokens=16, good_tokens=16, unsplit=False)
@@ -493,59 +493,6 @@ def test_polynomials_pass_through_the_levels(bits, name):
     t = (np.arange(2**bits) - levels.centre) * levels.step
     value = levels.gain * sum(c * t ** (2 * i + 1) for i, c in enumerate(levels.coefficients))
     np.testing.assert_allclose(value, get_codebook(name, bits).levels, atol=3e-4)
-
-
-def random_lengths_in_pages(rng):
-    lengths = rng.integers(0, 90, rng.integers(1, 40)) * (rng.random() < 0.9)
-    return lengths * (rng.random(len(lengths)) < 0.7)
-
-
-@pytest.mark.parametrize("alike", [False, True], ids=["ragged", "alike"])
-def test_shares_cover_every_page_once_and_are_even(alike):
-    rng = np.random.default_rng(0)
-    was_whole = 0
-    for _ in range(10):
-        pages = random_lengths_in_pages(rng)
-        if alike:
-            pages = np.where(pages, 60, 0)
-        least, wanted = int(rng.integers(1, 5)), int(rng.integers(1, 50))
-        programs = gpu_split.program_bound(len(pages), 90, wanted=wanted, least_pages=least)
-        sizes = dict(
-            programs=programs,
-            fewest=int(rng.integers(1, 50)),
-            good_pages=int(rng.integers(1, 20)),
-            least_pages=least,
-        )
-        work = gpu_split.plan_work(jnp.asarray(pages, jnp.int32), **sizes)
-        work = gpu_split.WorkList(*map(np.asarray, work))
-        seen, parts = [[] for _ in pages], [[] for _ in pages]
-        shares = []
-        for p in range(programs):
-            shares.append(0)
-            for k in range(work.first[p], work.stop[p]):
-                b, before = work.sequence[k], work.before[k]
-                start = max(work.low[p] - before, 0)
-                stop = min(work.high[p] - before, pages[b])
-                assert start < stop
-                seen[b] += range(start, stop)
-                parts[b].append(p + k)
-                shares[-1] += stop - start
-        assert seen == [list(range(n)) for n in pages]
-        total = pages.sum()
-        even = max(-(-total // programs), least)
-        even = max(even, min(sizes["good_pages"], -(-total // min(sizes["fewest"], programs))))
-        assert max(shares) <= even + even // 16
-        is_whole = np.all(work.stop - work.first <= 1)
-        was_whole += is_whole and total > 0
-        if not is_whole:
-            assert max(shares) <= even and sum(x > 0 for x in shares) == -(-total // even)
-        for b, mine in enumerate(parts):
-            first, n = work.first_part[b], work.part_count[b]
-            assert mine == list(range(first, first + n))
-        every = sum(parts, [])
-        assert len(set(every)) == len(every)
-        assert all(0 <= part < programs + len(pages) for part in every)
-    assert was_whole if alike else was_whole < 10
 
 
 def test_what_is_not_served_is_named():

@@ -1,0 +1,183 @@
+"""Which pages each program attends: equal shares of all pages, whatever the sequences.
+
+A static number of splits a sequence leaves most of the chip idle when lengths differ; a whole
+number of them, chosen by length, still does when there are about as many sequences as programs run
+at once. Here the grid is static and what a program covers is chosen at run time, by one small
+kernel: XLA makes about ten of the same sums, and layers alike share it.
+"""
+
+import functools
+import operator
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from pallas_kernels.paged_attention.gpu_split import SpanPages
+
+TRIES = 9  # sizes of whole parts that are tried, from the even share to a sixteenth more
+SEQUENCES = 128  # looked at in one step
+PROGRAMS = 8  # whose shares one program of this kernel finds
+
+
+class WorkList(NamedTuple):
+    """Which pages each program attends, and where the parts of a sequence are.
+
+    The pages of all sequences stand in a row, and each program has a stretch of it. Sequences that
+    have pages are counted by `k`, in order; what program `p` finds in sequence `k` is part `p + k`:
+    from one part to the next `p` or `k` grows, so none has two owners, and those of a sequence
+    are neighbours.
+    """
+
+    low: jax.Array  # i32[programs], first page of a program's stretch
+    high: jax.Array  # i32[programs], one past its last
+    first: jax.Array  # i32[programs], first sequence `k` of the stretch
+    stop: jax.Array  # i32[programs], one past its last
+    sequence: jax.Array  # i32[batch], by `k`; unset where no sequence has that `k`
+    before: jax.Array  # i32[batch], pages of all sequences before `k`; likewise
+    first_part: jax.Array  # i32[batch]
+    part_count: jax.Array  # i32[batch], 0 for a sequence without pages
+
+
+def program_bound(batch: int, most_pages: int, *, wanted: int, least_pages: int) -> int:
+    """Largest number of programs that sequences of `most_pages` may need."""
+    return min(wanted, batch * pl.cdiv(most_pages, least_pages))
+
+
+def plan_work(
+    scalars: dict[str, jax.Array],
+    find_span: Callable[[dict[str, Any]], SpanPages],
+    *,
+    programs: int,
+    fewest: int,
+    good_pages: int,
+    least_pages: int,
+    interpret: bool = False,
+) -> WorkList:
+    """Shares pages out evenly among programs, whatever the lengths of sequences.
+
+    Where whole parts of sequences are nearly as even, programs take those: each sequence that one
+    begins costs it a start.
+
+    Args:
+      scalars: `i32[batch]` each, what `find_span` needs.
+      find_span: the pages of a sequence, from its `scalars`.
+      programs: as many as are launched; the last ones may get nothing.
+      fewest: programs that fill the chip once; no more where shares would be below `good_pages`.
+      good_pages: pages from which on a program's own costs (start, merge) do not matter.
+      least_pages: no share is made smaller than this, but the last one and short sequences.
+      interpret: run on the CPU.
+    """
+    [batch] = next(iter(scalars.values())).shape
+    sizes = [programs] * 4 + [batch] * 4
+    return WorkList(
+        *pl.pallas_call(
+            functools.partial(
+                _plan_kernel,
+                names=tuple(scalars),
+                find_span=find_span,
+                programs=programs,
+                fewest=min(fewest, programs),
+                good_pages=good_pages,
+                least_pages=least_pages,
+            ),
+            out_shape=[jax.ShapeDtypeStruct((size,), jnp.int32) for size in sizes],
+            grid=(max(pl.cdiv(programs, PROGRAMS), pl.cdiv(batch, SEQUENCES)),),
+            compiler_params=plgpu.CompilerParams(num_warps=1, num_stages=1),
+            interpret=interpret,
+            name="plan_work",
+        )(*scalars.values())
+    )
+
+
+def _plan_kernel(*refs, names, find_span, programs, fewest, good_pages, least_pages):
+    """The shares of `PROGRAMS` programs and the parts of `SEQUENCES` sequences.
+
+    Every program of this kernel goes through all sequences: nothing waits for another's sums.
+    """
+    scalars = dict(zip(names, refs, strict=False))
+    out: dict[str, Any] = dict(zip(WorkList._fields, refs[len(names) :], strict=True))
+    [batch] = out["sequence"].shape
+    rows = min(SEQUENCES, pl.next_power_of_2(batch))
+    chunks = pl.cdiv(batch, rows)
+    i = pl.program_id(0)
+    p = i * PROGRAMS + jnp.arange(PROGRAMS, dtype=jnp.int32)
+
+    def fold(step, init):
+        """Of all chunks: `step(chunk, sequences, their pages, state)`."""
+
+        def load(chunk, state):
+            b = chunk * rows + jnp.arange(rows, dtype=jnp.int32)
+            real = b < batch
+            at = jnp.where(real, b, 0)
+            pages = find_span({name: ref[at] for name, ref in scalars.items()}).pages
+            return step(chunk, b, jnp.where(real, pages, 0), state)
+
+        return load(0, init) if chunks == 1 else lax.fori_loop(0, chunks, load, init)
+
+    total = fold(lambda chunk, b, pages, x: x + jnp.sum(pages), jnp.int32(0))
+    even = jnp.maximum(
+        _cdiv(total, programs), jnp.minimum(jnp.int32(good_pages), _cdiv(total, fewest))
+    )
+    even = jnp.maximum(even, least_pages)
+    tries = jnp.minimum(jnp.arange(pl.next_power_of_2(TRIES), dtype=jnp.int32), TRIES - 1)
+    sizes = even + lax.div(even * tries, jnp.int32(16 * (TRIES - 1)))
+    count = lambda chunk, b, pages, x: x + jnp.sum(_cdiv(pages[None], sizes[:, None]), axis=1)
+    fits = fold(count, jnp.zeros_like(sizes)) <= programs
+    size = jnp.min(jnp.where(fits, sizes, 2**30))
+    is_whole = size < 2**30
+    size = jnp.where(is_whole, size, even)
+
+    low, high = jnp.minimum(p * even, total), jnp.minimum((p + 1) * even, total)
+
+    def share(chunk, b, pages, state):
+        pages_before, parts_before, used_before, first, stop, whole = state
+        used = (pages > 0).astype(jnp.int32)
+        end, rank = pages_before + jnp.cumsum(pages), used_before + jnp.cumsum(used) - 1
+        begin = end - pages
+        whole_parts = _cdiv(pages, size)
+        whole_program = parts_before + jnp.cumsum(whole_parts) - whole_parts
+        program = jnp.where(is_whole, whole_program, lax.div(begin, even))  # first to see b
+        parts = jnp.where(is_whole, whole_parts, (lax.div(end - 1, even) + 1 - program) * used)
+
+        mine = (b < batch) & (lax.div(b, jnp.int32(SEQUENCES)) == i)
+        # Out of bounds where masked: the interpreter would store what stood there.
+        put = lambda ref, at, x, ok: plgpu.store(ref.at[jnp.where(ok, at, batch)], x, mask=ok)
+        put(out["first_part"], b, program + rank, mine)
+        put(out["part_count"], b, parts, mine)
+        put(out["sequence"], rank, b, mine & (used > 0))
+        put(out["before"], rank, begin, mine & (used > 0))
+
+        # A program's whole part: sums with one term, that of the sequence it lies in.
+        inside = (program[None] <= p[:, None]) & (p[:, None] < (program + parts)[None])
+        pick = lambda x: jnp.sum(jnp.where(inside, x[None], 0), axis=1)
+        among = lambda ok: jnp.sum(jnp.where(ok, used[None], 0), axis=1)
+        return (
+            pages_before + jnp.sum(pages),
+            parts_before + jnp.sum(whole_parts),
+            used_before + jnp.sum(used),
+            first + among(end[None] <= low[:, None]),
+            stop + among(begin[None] < high[:, None]),
+            tuple(map(operator.add, whole, map(pick, (rank, begin, pages, program, parts)))),
+        )
+
+    zero, zeros = jnp.int32(0), jnp.zeros_like(p)
+    state = fold(share, (zero, zero, zero, zeros, zeros, (zeros,) * 5))
+    *_, first, stop, (rank, begin, pages, program, parts) = state
+    there = parts > 0
+    of_parts = lambda n: begin + lax.div(n * pages, jnp.maximum(parts, 1))
+    owned = (of_parts(p - program), of_parts(p - program + 1), rank, rank + 1)
+    real = p < programs
+    names = ("low", "high", "first", "stop")
+    for name, of_even, of_whole in zip(names, (low, high, first, stop), owned, strict=True):
+        x = jnp.where(is_whole, jnp.where(there, of_whole, 0), of_even)
+        plgpu.store(out[name].at[jnp.where(real, p, programs)], x, mask=real)
+
+
+def _cdiv(x, y):
+    """Of what is not negative."""
+    return lax.div(x + (y - 1), jnp.broadcast_to(jnp.int32(y), jnp.shape(x + (y - 1))))
