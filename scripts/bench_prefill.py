@@ -22,7 +22,7 @@ import jaxkv
 import models
 from jaxkv.codecs import get_codec
 from jaxkv.generation import prefill_chunk
-from models.random_weights import named_shape
+from models.random_weights import draw_decoder, named_shape
 from pallas_kernels.backends import Backend
 from scripts import bench_step, bench_step_peer
 from scripts.bench_step import keep, list_kernels, time_by_kind
@@ -34,9 +34,11 @@ Names = Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(meta
 Numbers = Annotated[tyro.conf.UseAppendAction[tuple[int, ...]], tyro.conf.arg(metavar="N")]
 
 
-# Relative, of the last tokens' hidden states. Rounding to bfloat16 in every layer comes to a few
-# hundredths; a wrong mask or page to about 1.
-MAX_ERROR = 0.1
+# What is checked are the first layers alone: a deep model of random weights amplifies rounding to
+# bfloat16 until two right programs have nothing in common (32 layers of 2048: an error of 1, by
+# plain JAX alone). Two layers come to less than a hundredth, a wrong mask or page to about 1.
+CHECKED_LAYERS = 2
+MAX_ERROR = 0.03  # relative, of the last tokens' hidden states
 
 
 @dataclasses.dataclass
@@ -65,7 +67,7 @@ class Args:
     backend: Backend | None = None
     """Of the attention; default: the platform's."""
     check: bool = True
-    """Compare with the plain JAX path first."""
+    """Compare the first layers with the plain JAX path first."""
     peers: bool = False
     """Measure transformers, which reads the whole prompt in one step, beside."""
     peer_seconds: float = 120.0
@@ -98,21 +100,26 @@ def relative_error(read, backend: Backend | None, tokens: int) -> float:
     return float(np.linalg.norm(got - want) / np.linalg.norm(want))
 
 
-def measure(args: Args, model, batch: int, codec: str, chunk: int, log: Console) -> dict:
-    """One row of the table: checks, warms up, times, and looks into the kernels."""
-    config = jaxkv.CacheConfig(
-        layers=model.layer_specs(codec=codec),
-        batch=batch,
-        max_tokens=args.tokens,
-        max_new_tokens=min(chunk, args.tokens),
-    ).checked()
+def measure(args: Args, model, shallow, batch: int, codec: str, chunk: int, log: Console) -> dict:
+    """One row of the table: checks `shallow`, then times `model` and looks into its kernels."""
+    chunk = min(chunk, args.tokens)
     shape = (batch, args.tokens)
     prompts = jax.random.randint(jax.random.key(1), shape, 0, model.config.vocab_size)
-    read = functools.partial(read_prompts, model, config, prompts)
-    row = {"batch": batch, "codec": codec, "chunk": config.max_new_tokens}
+
+    def reader(model):
+        config = jaxkv.CacheConfig(
+            layers=model.layer_specs(codec=codec),
+            batch=batch,
+            max_tokens=args.tokens,
+            max_new_tokens=chunk,
+        )
+        return functools.partial(read_prompts, model, config.checked(), prompts)
+
+    row = {"batch": batch, "codec": codec, "chunk": chunk}
     if args.check:  # a chunk, and some tokens more that read it
-        some = min(args.tokens, config.max_new_tokens + 100)
-        row["error"] = relative_error(read, args.backend, some)
+        some = min(args.tokens, chunk + 100)
+        row["error"] = relative_error(reader(shallow), args.backend, some)
+    read = reader(model)
     seconds = []
     for _ in range(args.repeats + 1):
         began = time.perf_counter()
@@ -183,9 +190,11 @@ def main(args: Args) -> int:
     device = jax.devices()[0].device_kind
     log.print(f"{device}, jax {jax.__version__}, {args.shape}, {args.dtype}")
     model = models.random_model(args.shape, scan=False, dtype=args.dtype)
+    few = dataclasses.replace(config, windows=config.windows[:CHECKED_LAYERS])
+    shallow = draw_decoder(few, scan=False, dtype=args.dtype) if args.check else None
     rows = []
     for batch, codec, chunk in itertools.product(batches, codecs, chunks):
-        rows.append(measure(args, model, batch, codec, chunk, log))
+        rows.append(measure(args, model, shallow, batch, codec, chunk, log))
         log.print(f"{rows[-1]}", soft_wrap=True)
         keep("bench_prefill", rows)
     by_batch = sorted(rows + peers, key=lambda row: row["batch"])

@@ -37,7 +37,7 @@ from scripts.plan import make_table
 Names = Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="NAME")]
 Numbers = Annotated[tyro.conf.UseAppendAction[tuple[int, ...]], tyro.conf.arg(metavar="N")]
 
-ATTENTION = "paged_attention"  # our kernels' names begin with it
+ATTENTION = ("paged_attention", "plan_work", "rotate_rows")  # in the names of our kernels
 GEMMS = ("gemm", "cutlass", "nvjet", "cublas", "splitK", "dot")
 
 
@@ -125,7 +125,7 @@ def fill(cache: jaxkv.KVCache, context: int) -> jaxkv.KVCache:
 
 def kind(kernel: str) -> str:
     """What a kernel's time goes into."""
-    if ATTENTION in kernel:
+    if any(name in kernel for name in ATTENTION):
         return "attention"
     return "weights" if any(name in kernel for name in GEMMS) else "rest"
 

@@ -18,7 +18,7 @@ def test_every_value_of_a_field_is_tried_and_right(capsys):
     code, report = report_of(capsys, field=("stages", "early_factors"))
     assert code == 0
     settings = {row["setting"] for row in report["tried"]}
-    assert {"default", "stages=2", "stages=4"} <= settings and len(settings) == 4
+    assert {"default", "stages=2", "stages=3"} <= settings and len(settings) == 4
     assert report["best"] in settings
     for row in report["tried"]:
         assert 0 < row["us"] < float("inf") and row["error"] < 3e-3
