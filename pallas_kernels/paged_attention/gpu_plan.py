@@ -102,39 +102,31 @@ def _plan_kernel(*refs, names, find_span, programs, fewest, good_pages, least_pa
     scalars = dict(zip(names, refs, strict=False))
     out: dict[str, Any] = dict(zip(WorkList._fields, refs[len(names) :], strict=True))
     [batch] = out["sequence"].shape
-    rows = min(SEQUENCES, pl.next_power_of_2(batch))
-    chunks = pl.cdiv(batch, rows)
-    i = pl.program_id(0)
-    p = i * PROGRAMS + jnp.arange(PROGRAMS, dtype=jnp.int32)
 
     def fold(step, init):
-        """Of all chunks: `step(chunk, sequences, their pages, state)`."""
+        """Folds `step(sequences, their pages, state)` over chunks of them."""
+        rows = min(SEQUENCES, pl.next_power_of_2(batch))
 
         def load(chunk, state):
             b = chunk * rows + jnp.arange(rows, dtype=jnp.int32)
-            real = b < batch
-            at = jnp.where(real, b, 0)
+            at = jnp.minimum(b, batch - 1)
             pages = find_span({name: ref[at] for name, ref in scalars.items()}).pages
-            return step(chunk, b, jnp.where(real, pages, 0), state)
+            return step(b, jnp.where(b < batch, pages, 0), state)
 
+        chunks = pl.cdiv(batch, rows)
         return load(0, init) if chunks == 1 else lax.fori_loop(0, chunks, load, init)
 
-    total = fold(lambda chunk, b, pages, x: x + jnp.sum(pages), jnp.int32(0))
+    total = fold(lambda b, pages, x: x + jnp.sum(pages), jnp.int32(0))
     even = jnp.maximum(
         _cdiv(total, programs), jnp.minimum(jnp.int32(good_pages), _cdiv(total, fewest))
     )
     even = jnp.maximum(even, least_pages)
-    tries = jnp.minimum(jnp.arange(pl.next_power_of_2(TRIES), dtype=jnp.int32), TRIES - 1)
-    sizes = even + lax.div(even * tries, jnp.int32(16 * (TRIES - 1)))
-    count = lambda chunk, b, pages, x: x + jnp.sum(_cdiv(pages[None], sizes[:, None]), axis=1)
-    fits = fold(count, jnp.zeros_like(sizes)) <= programs
-    size = jnp.min(jnp.where(fits, sizes, 2**30))
-    is_whole = size < 2**30
-    size = jnp.where(is_whole, size, even)
-
+    size, is_whole = _whole_size(fold, even, programs)
+    i = pl.program_id(0)
+    p = i * PROGRAMS + jnp.arange(PROGRAMS, dtype=jnp.int32)
     low, high = jnp.minimum(p * even, total), jnp.minimum((p + 1) * even, total)
 
-    def share(chunk, b, pages, state):
+    def share(b, pages, state):
         pages_before, parts_before, used_before, first, stop, whole = state
         used = (pages > 0).astype(jnp.int32)
         end, rank = pages_before + jnp.cumsum(pages), used_before + jnp.cumsum(used) - 1
@@ -142,15 +134,14 @@ def _plan_kernel(*refs, names, find_span, programs, fewest, good_pages, least_pa
         whole_parts = _cdiv(pages, size)
         whole_program = parts_before + jnp.cumsum(whole_parts) - whole_parts
         program = jnp.where(is_whole, whole_program, lax.div(begin, even))  # first to see b
-        parts = jnp.where(is_whole, whole_parts, (lax.div(end - 1, even) + 1 - program) * used)
+        even_parts = (lax.div(end - 1, even) + 1 - program) * used
+        parts = jnp.where(is_whole, whole_parts, even_parts)
 
         mine = (b < batch) & (lax.div(b, jnp.int32(SEQUENCES)) == i)
-        # Out of bounds where masked: the interpreter would store what stood there.
-        put = lambda ref, at, x, ok: plgpu.store(ref.at[jnp.where(ok, at, batch)], x, mask=ok)
-        put(out["first_part"], b, program + rank, mine)
-        put(out["part_count"], b, parts, mine)
-        put(out["sequence"], rank, b, mine & (used > 0))
-        put(out["before"], rank, begin, mine & (used > 0))
+        _put(out["first_part"], b, program + rank, mine)
+        _put(out["part_count"], b, parts, mine)
+        _put(out["sequence"], rank, b, mine & (used > 0))
+        _put(out["before"], rank, begin, mine & (used > 0))
 
         # A program's whole part: sums with one term, that of the sequence it lies in.
         inside = (program[None] <= p[:, None]) & (p[:, None] < (program + parts)[None])
@@ -168,16 +159,29 @@ def _plan_kernel(*refs, names, find_span, programs, fewest, good_pages, least_pa
     zero, zeros = jnp.int32(0), jnp.zeros_like(p)
     state = fold(share, (zero, zero, zero, zeros, zeros, (zeros,) * 5))
     *_, first, stop, (rank, begin, pages, program, parts) = state
-    there = parts > 0
-    of_parts = lambda n: begin + lax.div(n * pages, jnp.maximum(parts, 1))
-    owned = (of_parts(p - program), of_parts(p - program + 1), rank, rank + 1)
-    real = p < programs
-    names = ("low", "high", "first", "stop")
-    for name, of_even, of_whole in zip(names, (low, high, first, stop), owned, strict=True):
-        x = jnp.where(is_whole, jnp.where(there, of_whole, 0), of_even)
-        plgpu.store(out[name].at[jnp.where(real, p, programs)], x, mask=real)
+    edge = lambda n: begin + lax.div(n * pages, jnp.maximum(parts, 1))
+    whole = dict(low=edge(p - program), high=edge(p - program + 1), first=rank, stop=rank + 1)
+    for name, of_even in dict(low=low, high=high, first=first, stop=stop).items():
+        of_whole = jnp.where(parts > 0, whole[name], 0)
+        _put(out[name], p, jnp.where(is_whole, of_whole, of_even), p < programs)
+
+
+def _whole_size(fold, even, programs: int):
+    """Pages of whole parts, and whether some that are nearly even are few enough for `programs`."""
+    tries = jnp.minimum(jnp.arange(pl.next_power_of_2(TRIES), dtype=jnp.int32), TRIES - 1)
+    sizes = even + lax.div(even * tries, jnp.int32(16 * (TRIES - 1)))
+    count = lambda b, pages, x: x + jnp.sum(_cdiv(pages[None], sizes[:, None]), axis=1)
+    fits = fold(count, jnp.zeros_like(sizes)) <= programs
+    size = jnp.min(jnp.where(fits, sizes, 2**30))
+    return jnp.where(size < 2**30, size, even), size < 2**30
+
+
+def _put(ref, at, x, ok):
+    """Stores `x` where `ok`; elsewhere out of bounds: the interpreter writes back what it masks."""
+    plgpu.store(ref.at[jnp.where(ok, at, ref.shape[0])], x, mask=ok)
 
 
 def _cdiv(x, y):
     """Of what is not negative."""
-    return lax.div(x + (y - 1), jnp.broadcast_to(jnp.int32(y), jnp.shape(x + (y - 1))))
+    x = x + (y - 1)
+    return lax.div(x, jnp.broadcast_to(jnp.int32(y), x.shape))
