@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-OWN = "paged_attention"  # in the name of every kernel of the op
+OWN = "paged_attention"  # in the name of each attention kernel; work list and rotations are not
 
 
 def device_kernels(calls: list[Callable]) -> list[tuple[float, str, float]]:

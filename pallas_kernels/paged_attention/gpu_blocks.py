@@ -20,7 +20,7 @@ class Item:
     start: jax.Array
     stop: jax.Array
     span: SpanPages
-    part: jax.Array | None  # where its result goes; None for the output itself
+    part: jax.Array | None  # of the sequence's; None where it is never cut
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,6 @@
 """Paged attention on NVIDIA GPUs (Pallas Triton): a few query tokens, exact or coded pages.
 
-One program takes a share of the pages (`gpu_split`) of one kv head, sequence by sequence: it loads
+One program takes a share of the pages (`gpu_plan`) of one kv head, sequence by sequence: it loads
 a block of tokens, turns words into dot operands in registers (`gpu_dequant`), and keeps an online
 softmax in base 2. Scale and zero of a token enter as a factor on scores and probabilities and a
 rank-1 sum, so codes are never dequantized one by one. Blocks that all rows see whole carry no mask.
@@ -140,7 +140,14 @@ def paged_attention(
         names = ("low", "high", "first", "stop", "sequence", "before", "part_count")
         scalars |= {name: getattr(work, name) for name in names}
     if coded:
-        q = _prepare_q(q, pages, scale=scale * LOG2E, dtype=k.dtype, interpret=interpret)
+        q = rotate_rows(
+            q,
+            pages.layout.codec.key.rotate,
+            scale=scale * LOG2E,
+            limit=FLOAT16_MAX,
+            out_dtype=k.dtype,
+            interpret=interpret,
+        )
         if case.has_mean:
             scalars["bias"] = mean_scores(
                 q, pages.key_mean, scalars, case, config, pages=most_pages, interpret=interpret
@@ -176,20 +183,10 @@ def paged_attention(
             part, part_lse, work.first_part, work.part_count, out, lse, interpret=interpret
         )
     out = _permute(out, np.argsort(np.concatenate(v.dims)))
-    value = pages.layout.codec.value if coded else None
-    if value is not None and value.rotated:
-        out = rotate_rows(out, value.unrotate, out_dtype=out_dtype, interpret=interpret)
+    if coded:
+        unrotate = pages.layout.codec.value.unrotate
+        out = rotate_rows(out, unrotate, out_dtype=out_dtype, interpret=interpret)
     return out.astype(out_dtype), lse
-
-
-def _prepare_q(q, pages: CodedPages, *, scale: float, dtype, interpret: bool):
-    """Queries in the space of the codes, scaled, in the dtype of the dots."""
-    key = pages.layout.codec.key
-    if key.rotated:
-        return rotate_rows(
-            q, key.rotate, scale=scale, limit=FLOAT16_MAX, out_dtype=dtype, interpret=interpret
-        )
-    return jnp.clip(key.rotate(q) * scale, -FLOAT16_MAX, FLOAT16_MAX).astype(dtype)
 
 
 def default_config(pages: Pages, *, rows: int, window: int | None = None) -> DecodeConfig:
@@ -426,8 +423,8 @@ def _store(refs, h, item: Item, state, counts, *, axes: Axes, case: Case):
             (refs["out"], refs["lse"], at, natural, real & whole),
             (refs["part"], refs["part_lse"], (item.part, h, row), lse, real & ~whole),
         ]
-    for _, lse_ref, at, lse, mask in targets:
-        plgpu.store(lse_ref.at[at], lse, mask=mask)
+    for _, lse_ref, place, value, mask in targets:
+        plgpu.store(lse_ref.at[place], value, mask=mask)
     for acc, gain, (start, size) in zip(
         accs, case.v.gains(case.asm), _columns(case.v), strict=True
     ):
@@ -438,8 +435,8 @@ def _store(refs, h, item: Item, state, counts, *, axes: Axes, case: Case):
         y = y.T if axes.transposed else y
         column = int(start) + jnp.arange(size, dtype=jnp.int32)
         column = jnp.broadcast_to(column[None], y.shape)
-        for out_ref, _, at, _, mask in targets:
-            place = (x if jnp.ndim(x) == 0 else _spread(x, y.shape) for x in at)
+        for out_ref, _, place, _, mask in targets:
+            place = (x if jnp.ndim(x) == 0 else _spread(x, y.shape) for x in place)
             mask = _spread(mask, y.shape)
             plgpu.store(out_ref.at[(*place, column)], y.astype(out_ref.dtype), mask=mask)
 

@@ -159,7 +159,8 @@ def _plan_kernel(*refs, names, find_span, programs, fewest, good_pages, least_pa
     zero, zeros = jnp.int32(0), jnp.zeros_like(p)
     state = fold(share, (zero, zero, zero, zeros, zeros, (zeros,) * 5))
     *_, first, stop, (rank, begin, pages, program, parts) = state
-    edge = lambda n: begin + lax.div(n * pages, jnp.maximum(parts, 1))
+    least = lax.div(pages, jnp.maximum(parts, 1))
+    edge = lambda n: begin + n * least + lax.div(n * (pages - parts * least), jnp.maximum(parts, 1))
     whole = dict(low=edge(p - program), high=edge(p - program + 1), first=rank, stop=rank + 1)
     for name, of_even in dict(low=low, high=high, first=first, stop=stop).items():
         of_whole = jnp.where(parts > 0, whole[name], 0)

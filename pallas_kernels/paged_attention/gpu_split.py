@@ -66,8 +66,8 @@ def _combine_kernel(
     lse_ref,  # f32[parts, kv_heads, rows], base 2
     first_ref,  # i32[batch]
     count_ref,  # i32[batch]
-    _,
-    __,
+    old_out_ref,  # the two below: only parts are there already
+    old_out_lse_ref,
     out_ref,  # [batch, q_tokens, q_heads, head_dim]
     out_lse_ref,  # f32[batch, q_tokens, q_heads], natural
     *,

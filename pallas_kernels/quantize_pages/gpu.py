@@ -70,7 +70,9 @@ def quantize_pages(
     )
     for side, tensor in (("k", codec.key), ("v", codec.value)):
         if tensor.rotated:
-            inputs[f"{side}_rotation"] = sign_matrix(tensor.rotate, head_dim)
+            matrix = sign_matrix(tensor.rotate, head_dim)
+            assert matrix is not None, f"{head_dim=} is a power of two"
+            inputs[f"{side}_rotation"] = matrix
     inputs["pre_scales"] = jnp.asarray(_pre_scales(codec), jnp.float32)
     pools = dict(coded.arrays)
     if coded.key_mean is not None:  # a page's is written, a static one only read
