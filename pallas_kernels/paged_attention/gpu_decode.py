@@ -28,7 +28,7 @@ from pallas_kernels.paged_attention.gpu_dequant import (
     factor_value,
 )
 from pallas_kernels.paged_attention.gpu_means import load_bias, mean_scores
-from pallas_kernels.paged_attention.gpu_plan import plan_work, program_bound
+from pallas_kernels.paged_attention.gpu_plan import choose_shares, plan_work
 from pallas_kernels.paged_attention.gpu_split import LN2, NOTHING_SEEN, combine
 from pallas_kernels.paged_attention.gpu_tiles import DecodeConfig, choose_config, count_sms
 from pallas_kernels.pages import CodedPages, Pages
@@ -94,13 +94,14 @@ def paged_attention(
         sink_pages = sink_table.shape[1]
         most_pages += sink_pages
         page_table = jnp.concatenate([sink_table, page_table], axis=1)
-    at_once = config.programs or config.at_once * count_sms(interpret)
-    wanted = at_once * (1 if config.programs else config.waves)
-    least_pages = max(1, config.least_tokens // page_size)
-    programs = program_bound(
-        batch, most_pages, wanted=max(1, wanted // kv_heads), least_pages=least_pages
+    shares = choose_shares(
+        config,
+        batch=batch,
+        kv_heads=kv_heads,
+        page_size=page_size,
+        most_pages=most_pages,
+        sms=count_sms(interpret),
     )
-    fills = batch * kv_heads >= at_once
     case = Case(
         k=k,
         v=v,
@@ -116,7 +117,7 @@ def paged_attention(
         sink_pages=sink_pages,
         lag=lag,
         soft_cap=soft_cap,
-        direct=most_pages <= least_pages or (config.unsplit and fills),
+        direct=shares is None,
         asm=not interpret,
     )
     spans = dict(q_start=q_start, kv_start=kv_start, kv_stop=kv_stop)
@@ -125,20 +126,10 @@ def paged_attention(
     scalars = spans | dict(
         layer=jnp.asarray(layer, jnp.int32).reshape(1), q_lens=q_lens, table=page_table
     )
-    if case.direct:
-        programs = batch
-    else:
-        work = plan_work(
-            spans,
-            functools.partial(find_span, case=case),
-            programs=programs,
-            fewest=max(1, at_once // kv_heads),
-            good_pages=1 if fills else max(1, config.good_tokens // page_size),
-            least_pages=least_pages,
-            interpret=interpret,
-        )
-        names = ("low", "high", "first", "stop", "sequence", "before", "part_count")
-        scalars |= {name: getattr(work, name) for name in names}
+    work = None
+    if shares is not None:
+        work = plan_work(spans, functools.partial(find_span, case=case), shares, interpret)
+        scalars |= work._asdict()
     if coded:
         q = rotate_rows(
             q,
@@ -153,40 +144,57 @@ def paged_attention(
                 q, pages.key_mean, scalars, case, config, pages=most_pages, interpret=interpret
             )
         q = _permute(q, np.concatenate(k.dims))
-    for reader in (k, v):
-        if not isinstance(reader, PlanesReader) and arrays[reader.arrays[0]].dtype != reader.stored:
-            [name] = reader.arrays  # float8 that is kept as bytes
-            arrays = arrays | {name: jax.lax.bitcast_convert_type(arrays[name], reader.stored)}
-    refs = scalars | dict(q=q) | arrays
-    for side, reader in (("k", k), ("v", v)):
-        if isinstance(reader, PlanesReader) and reader.shifts.any():
-            refs[f"{side}_shifts"] = jnp.asarray(reader.shifts)
-    out_shape = dict(
-        out=jax.ShapeDtypeStruct(q.shape, jnp.float32 if coded else out_dtype),
-        lse=jax.ShapeDtypeStruct(q.shape[:-1], jnp.float32),
-    )
-    if not case.direct:
-        parts = (programs + batch, kv_heads, case.rows)
-        out_shape["part"] = jax.ShapeDtypeStruct((*parts, head_dim), jnp.float32)
-        out_shape["part_lse"] = jax.ShapeDtypeStruct(parts, jnp.float32)
-    out, lse, *parts = pl.pallas_call(
-        functools.partial(_kernel, names=(*refs, *out_shape), case=case, config=config),
-        out_shape=list(out_shape.values()),
-        grid=(kv_heads, programs),
-        compiler_params=plgpu.CompilerParams(num_warps=config.warps, num_stages=config.stages),
-        interpret=interpret,
-        name="paged_attention_decode",
-    )(*refs.values())
-    if not case.direct:
-        part, part_lse = parts
-        out, lse = combine(
-            part, part_lse, work.first_part, work.part_count, out, lse, interpret=interpret
-        )
+    inputs = scalars | dict(q=q) | _stored(arrays, k, v)
+    programs = shares.programs if shares is not None else batch
+    kernel_dtype = jnp.float32 if coded else out_dtype
+    new = _launch(inputs, case, config, programs, out_dtype=kernel_dtype, interpret=interpret)
+    out, lse = new["out"], new["lse"]
+    if work is not None:
+        part, part_lse, count = new["part"], new["part_lse"], work.part_count
+        out, lse = combine(part, part_lse, work.first_part, count, out, lse, interpret=interpret)
     out = _permute(out, np.argsort(np.concatenate(v.dims)))
     if coded:
         unrotate = pages.layout.codec.value.unrotate
         out = rotate_rows(out, unrotate, out_dtype=out_dtype, interpret=interpret)
     return out.astype(out_dtype), lse
+
+
+def _stored(arrays: dict[str, jax.Array], *sides: Reader) -> dict[str, jax.Array]:
+    """The pools as the kernel reads them, and the shifts of words that hold a third bit."""
+    arrays = dict(arrays)
+    for side, reader in zip("kv", sides, strict=True):
+        if isinstance(reader, PlanesReader):
+            if reader.shifts.any():
+                arrays[f"{side}_shifts"] = jnp.asarray(reader.shifts)
+        elif arrays[reader.arrays[0]].dtype != reader.stored:
+            [name] = reader.arrays  # float8 that is kept as bytes
+            arrays[name] = jax.lax.bitcast_convert_type(arrays[name], reader.stored)
+    return arrays
+
+
+def _launch(
+    inputs, case: Case, config: DecodeConfig, programs: int, *, out_dtype, interpret: bool
+) -> dict[str, jax.Array]:
+    """Runs the kernel: `out` and `lse` of whole sequences, and unless `direct` parts of others."""
+    batch, _, q_heads, head_dim = inputs["q"].shape
+    kv_heads = q_heads // case.group
+    shapes = dict(
+        out=jax.ShapeDtypeStruct(inputs["q"].shape, out_dtype),
+        lse=jax.ShapeDtypeStruct(inputs["q"].shape[:-1], jnp.float32),
+    )
+    if not case.direct:
+        parts = (programs + batch, kv_heads, case.rows)
+        shapes["part"] = jax.ShapeDtypeStruct((*parts, head_dim), jnp.float32)
+        shapes["part_lse"] = jax.ShapeDtypeStruct(parts, jnp.float32)
+    out = pl.pallas_call(
+        functools.partial(_kernel, names=(*inputs, *shapes), case=case, config=config),
+        out_shape=list(shapes.values()),
+        grid=(kv_heads, programs),
+        compiler_params=plgpu.CompilerParams(num_warps=config.warps, num_stages=config.stages),
+        interpret=interpret,
+        name="paged_attention_decode",
+    )(*inputs.values())
+    return dict(zip(shapes, out, strict=True))
 
 
 def default_config(pages: Pages, *, rows: int, window: int | None = None) -> DecodeConfig:

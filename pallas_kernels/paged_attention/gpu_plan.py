@@ -18,6 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.paged_attention.gpu_split import SpanPages
+from pallas_kernels.paged_attention.gpu_tiles import DecodeConfig
 
 TRIES = 9  # sizes of whole parts that are tried, from the even share to a sixteenth more
 SEQUENCES = 128  # looked at in one step
@@ -43,19 +44,47 @@ class WorkList(NamedTuple):
     part_count: jax.Array  # i32[batch], 0 for a sequence without pages
 
 
-def program_bound(batch: int, most_pages: int, *, wanted: int, least_pages: int) -> int:
-    """Largest number of programs that sequences of `most_pages` may need."""
-    return min(wanted, batch * pl.cdiv(most_pages, least_pages))
+class Shares(NamedTuple):
+    """What of the shares is known when a call is traced."""
+
+    programs: int  # as many as are launched; the last ones may get nothing
+    fewest: int  # that fill the chip once; no more where shares would be below `good_pages`
+    good_pages: int  # from which on a program's own costs (start, merge) do not matter
+    least_pages: int  # no share is made smaller, but the last one and short sequences
+
+
+def choose_shares(
+    config: DecodeConfig, *, batch: int, kv_heads: int, page_size: int, most_pages: int, sms: int
+) -> Shares | None:
+    """How the pages of a kv head are shared out; None for a program a sequence.
+
+    Args:
+      config: tile sizes.
+      batch: sequences.
+      kv_heads: each has as many programs as the others.
+      page_size: tokens of a page.
+      most_pages: of a sequence.
+      sms: of the GPU.
+    """
+    at_once = config.programs or config.at_once * sms
+    wanted = at_once * (1 if config.programs else config.waves)
+    least_pages = max(1, config.least_tokens // page_size)
+    fills = batch * kv_heads >= at_once
+    if most_pages <= least_pages or (config.unsplit and fills):
+        return None
+    programs = min(max(1, wanted // kv_heads), batch * pl.cdiv(most_pages, least_pages))
+    return Shares(
+        programs=programs,
+        fewest=min(programs, max(1, at_once // kv_heads)),
+        good_pages=1 if fills else max(1, config.good_tokens // page_size),
+        least_pages=least_pages,
+    )
 
 
 def plan_work(
     scalars: dict[str, jax.Array],
     find_span: Callable[[dict[str, Any]], SpanPages],
-    *,
-    programs: int,
-    fewest: int,
-    good_pages: int,
-    least_pages: int,
+    shares: Shares,
     interpret: bool = False,
 ) -> WorkList:
     """Shares pages out evenly among programs, whatever the lengths of sequences.
@@ -66,24 +95,16 @@ def plan_work(
     Args:
       scalars: `i32[batch]` each, what `find_span` needs.
       find_span: the pages of a sequence, from its `scalars`.
-      programs: as many as are launched; the last ones may get nothing.
-      fewest: programs that fill the chip once; no more where shares would be below `good_pages`.
-      good_pages: pages from which on a program's own costs (start, merge) do not matter.
-      least_pages: no share is made smaller than this, but the last one and short sequences.
+      shares: how many there are to be, and how large at least.
       interpret: run on the CPU.
     """
     [batch] = next(iter(scalars.values())).shape
+    programs = shares.programs
     sizes = [programs] * 4 + [batch] * 4
     return WorkList(
         *pl.pallas_call(
             functools.partial(
-                _plan_kernel,
-                names=tuple(scalars),
-                find_span=find_span,
-                programs=programs,
-                fewest=min(fewest, programs),
-                good_pages=good_pages,
-                least_pages=least_pages,
+                _plan_kernel, names=tuple(scalars), find_span=find_span, shares=shares
             ),
             out_shape=[jax.ShapeDtypeStruct((size,), jnp.int32) for size in sizes],
             grid=(max(pl.cdiv(programs, PROGRAMS), pl.cdiv(batch, SEQUENCES)),),
@@ -94,7 +115,7 @@ def plan_work(
     )
 
 
-def _plan_kernel(*refs, names, find_span, programs, fewest, good_pages, least_pages):
+def _plan_kernel(*refs, names, find_span, shares: Shares):
     """The shares of `PROGRAMS` programs and the parts of `SEQUENCES` sequences.
 
     Every program of this kernel goes through all sequences: nothing waits for another's sums.
@@ -117,11 +138,9 @@ def _plan_kernel(*refs, names, find_span, programs, fewest, good_pages, least_pa
         return load(0, init) if chunks == 1 else lax.fori_loop(0, chunks, load, init)
 
     total = fold(lambda b, pages, x: x + jnp.sum(pages), jnp.int32(0))
-    even = jnp.maximum(
-        _cdiv(total, programs), jnp.minimum(jnp.int32(good_pages), _cdiv(total, fewest))
-    )
-    even = jnp.maximum(even, least_pages)
-    size, is_whole = _whole_size(fold, even, programs)
+    good = jnp.minimum(jnp.int32(shares.good_pages), _cdiv(total, shares.fewest))
+    even = jnp.maximum(jnp.maximum(_cdiv(total, shares.programs), good), shares.least_pages)
+    size, is_whole = _whole_size(fold, even, shares.programs)
     i = pl.program_id(0)
     p = i * PROGRAMS + jnp.arange(PROGRAMS, dtype=jnp.int32)
     low, high = jnp.minimum(p * even, total), jnp.minimum((p + 1) * even, total)
@@ -164,7 +183,7 @@ def _plan_kernel(*refs, names, find_span, programs, fewest, good_pages, least_pa
     whole = dict(low=edge(p - program), high=edge(p - program + 1), first=rank, stop=rank + 1)
     for name, of_even in dict(low=low, high=high, first=first, stop=stop).items():
         of_whole = jnp.where(parts > 0, whole[name], 0)
-        _put(out[name], p, jnp.where(is_whole, of_whole, of_even), p < programs)
+        _put(out[name], p, jnp.where(is_whole, of_whole, of_even), p < shares.programs)
 
 
 def _whole_size(fold, even, programs: int):

@@ -27,18 +27,18 @@ def test_shares_cover_every_page_once_and_are_even(alike, interpret):
         if alike:
             pages = np.where(pages, 60, 0)
         least, wanted = int(rng.integers(1, 5)), int(rng.integers(1, most + 10))
-        programs = gpu_plan.program_bound(len(pages), 90, wanted=wanted, least_pages=least)
-        sizes = dict(
+        programs = min(wanted, len(pages) * -(-90 // least))
+        asked = gpu_plan.Shares(
             programs=programs,
-            fewest=int(rng.integers(1, 50)),
+            fewest=min(programs, int(rng.integers(1, 50))),
             good_pages=int(rng.integers(1, 20)),
             least_pages=least,
         )
         work = gpu_plan.plan_work(
             {"pages": jnp.asarray(pages, jnp.int32)},
             lambda x: SpanPages(jnp.zeros_like(x["pages"]), x["pages"]),
-            interpret=interpret,
-            **sizes,
+            asked,
+            interpret,
         )
         work = gpu_plan.WorkList(*map(np.asarray, work))
         seen, parts = [[] for _ in pages], [[] for _ in pages]
@@ -56,7 +56,7 @@ def test_shares_cover_every_page_once_and_are_even(alike, interpret):
         assert seen == [list(range(n)) for n in pages]
         total = pages.sum()
         even = max(-(-total // programs), least)
-        even = max(even, min(sizes["good_pages"], -(-total // min(sizes["fewest"], programs))))
+        even = max(even, min(asked.good_pages, -(-total // asked.fewest)))
         assert max(shares) <= even + even // 16
         is_whole = np.all(work.stop - work.first <= 1)
         was_whole += is_whole and total > 0
