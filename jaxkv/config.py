@@ -8,15 +8,11 @@ import jax
 import jax.numpy as jnp
 
 from jaxkv.codecs import KVCodec, PageLayout, default_layout, get_codec
-from pallas_kernels.visibility import PageLag
+from pallas_kernels.rule import PageLag, Rule
+from pallas_kernels.shapes import cdiv
 
 EXACT = "exact"
 MOST_PAGES = 2**31 - 1  # page ids are int32
-
-
-def cdiv(a: int, b: int) -> int:
-    """Smallest integer that is at least `a / b`."""
-    return -(-a // b)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,26 +83,30 @@ class StoreSpec:
     sink_pages: int  # in this store
     pages: int  # of the pool, the null page included
     first: int  # first logical page of the ring: the group's sink pages come before it
-    window: int | None
-    lag: PageLag  # pages behind the query's own that it serves
+    page_size: int
+    rule: Rule  # which keys of this store a query reads
+
+    @property
+    def lag(self) -> PageLag:
+        """Pages behind the query's own that this store serves."""
+        return self.rule.lag or PageLag(self.page_size)
+
+    @property
+    def releases(self) -> bool:
+        """Whether pages fall behind as a sequence grows."""
+        return self.rule.most_pages(1, self.page_size) is not None
 
     def first_page(self, lengths: jax.Array) -> jax.Array:
         """Oldest page of the ring that a query at position `lengths` or later reads here."""
-        size = self.lag.page_size
         first = jnp.full_like(lengths, self.first)
-        if self.lag.most is not None:
-            return jnp.maximum(first, lengths // size - self.lag.most + 1)
-        if self.window is None:
-            return first
-        behind = jnp.maximum(lengths - (self.window - 1), 0)  # nobody will see them again
-        return jnp.maximum(first, behind // size)
+        seen = self.rule.first_page(lengths, self.page_size)
+        return first if seen is None else jnp.maximum(first, seen)
 
     def stop_page(self, lengths: jax.Array) -> jax.Array:
         """One past the newest page that stands here once `lengths` tokens are committed."""
-        size = self.lag.page_size
         if self.lag.least:  # complete pages, as far back as the lag says
-            return jnp.maximum(lengths // size - self.lag.least + 1, self.first)
-        begun = -(-lengths // size)
+            return jnp.maximum(self.lag.stop_page(lengths), self.first)
+        begun = cdiv(lengths, self.page_size)
         if self.lag.most == 0:  # sink pages alone
             return jnp.minimum(begun, self.sink_pages)
         return begun if self.sink_pages else jnp.maximum(begun, self.first)
@@ -144,7 +144,7 @@ class LayerGroup:
         """Stored bits per cached number: of the body, or of an exact layer's dtype."""
         if self.body is None:
             return 8.0 * jnp.dtype(self.spec.dtype).itemsize
-        return self.spec.kv_codec.bits_per_value(self.spec.head_dim, self.body.lag.page_size)
+        return self.spec.kv_codec.bits_per_value(self.spec.head_dim, self.body.page_size)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -229,14 +229,17 @@ class CacheConfig:
         sink_pages = cdiv(sink_tokens, size)
         if self.max_tokens is not None:
             sink_pages = min(sink_pages, cdiv(self.max_tokens, size))
-        store = functools.partial(self._store, spec.window, sink_pages)
+        rule = Rule(window=spec.window, sink_tokens=spec.sink_tokens if sink_pages else 0)
+        store = functools.partial(self._store, sink_pages)
         layout = body = None
         if not codec.lossy:
-            exact = store(PageLag(size), sinks=True)
+            exact = store(rule, sinks=True)
         else:
             recent = codec.recent_pages
-            exact = store(PageLag(size, 0, recent), sinks=True) if recent or sink_pages else None
-            body = store(PageLag(size, recent), sinks=False)
+            newest = dataclasses.replace(rule, lag=PageLag(size, 0, recent))
+            exact = store(newest, sinks=True) if recent or sink_pages else None
+            older = PageLag(size, recent) if recent else None
+            body = store(Rule(window=spec.window, lag=older), sinks=False)
             layout = default_layout(
                 codec,
                 platform="gpu" if self.platform == "gpu" else "cpu",
@@ -248,18 +251,15 @@ class CacheConfig:
             spec=spec, layers=layers, sink_pages=sink_pages, exact=exact, body=body, layout=layout
         )
 
-    def _store(
-        self, window: int | None, sink_pages: int, lag: PageLag, *, sinks: bool
-    ) -> StoreSpec:
+    def _store(self, sink_pages: int, rule: Rule, *, sinks: bool) -> StoreSpec:
         """Sizes a store so that prepared tokens never overwrite a live page, at any alignment."""
         size, step = self.page_size, self.max_new_tokens
-        widths = []
-        if lag.most is not None:  # recent pages, and the step's own
-            widths.append(lag.most + cdiv(step - 1, size) if lag.most else 1)
-        elif window is not None and lag.least:  # pages that are complete when the step commits
-            widths.append(cdiv(window + step - 1, size) - lag.least + 1)
-        elif window is not None:  # the newest step's tokens and the window of its oldest query
-            widths.append(cdiv(window + step - 2, size) + 1)
+        lag = rule.lag or PageLag(size)
+        # What the queries of a step read. Pages that are filled by quantizing are complete when the
+        # step commits: then the next query reads them, too.
+        queries = step + 1 if lag.least else step
+        most_pages = rule.most_pages(queries, size)
+        widths = [] if most_pages is None else [most_pages]
         if self.max_tokens is not None:
             if lag.least:
                 widths.append(self.max_tokens // size - lag.least + 1 - sink_pages)
@@ -273,8 +273,8 @@ class CacheConfig:
             sink_pages=sink_pages if sinks else 0,
             pages=pages if self.pages is None else min(pages, self.pages),
             first=sink_pages,
-            window=window,
-            lag=lag,
+            page_size=size,
+            rule=rule,
         )
 
     def locate(self, layer: int) -> tuple[int, int]:

@@ -1,5 +1,8 @@
 """Attention of new tokens over a sequence's segments: the body, the recent pages, the sinks."""
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -7,7 +10,8 @@ from jaxkv.config import LayerGroup
 from jaxkv.store import GroupState, Store
 from pallas_kernels.backends import Backend
 from pallas_kernels.paged_attention import paged_attention
-from pallas_kernels.segments import add_learned_sink, merge
+from pallas_kernels.rule import Rule
+from pallas_kernels.segment import Queries, Segment, add_learned_sink, merge
 
 
 def attend_stores(
@@ -30,45 +34,39 @@ def attend_stores(
       Shaped like `q`; of its dtype where there is nothing to merge, else float32.
     """
     stop = lengths + pending
+    single = len(state.stores) == 1 and q_sink is None and sink_logits is None
 
-    def segment(q, store: Store, table, kv_start, kv_stop, **options):
+    def attend(q, store: Store, segment: Segment, rule: Rule):
         return paged_attention(
-            q,
+            Queries(q, lengths, pending),
             store.pages,
-            table,
+            segment,
+            rule,
             layer=layer,
-            q_start=lengths,
-            q_lens=pending,
-            kv_start=kv_start,
-            kv_stop=kv_stop,
             scale=scale,
-            window=group.spec.window,
             soft_cap=soft_cap,
+            out_dtype=q.dtype if single else jnp.float32,
             backend=backend,
-            **options,
         )
 
     parts = []
-    single = len(state.stores) == 1 and q_sink is None and sink_logits is None
     for store in state.stores:
-        lag, sinks = store.spec.lag, store.tables.sinks
-        options: dict = {"out_dtype": q.dtype if single else jnp.float32}
-        if (lag.least, lag.most) != (0, None):
-            options["lag"] = lag
-        if store.spec.sink_pages and q_sink is None:
-            options |= {"sink_table": sinks, "sink_tokens": group.spec.sink_tokens}
-        start = store.spec.first_page(lengths) * lag.page_size
-        parts.append(segment(q, store, store.tables.ring, start, stop, **options))
-        if store.spec.sink_pages and q_sink is not None:
-            # The sink tokens, and only they, see the re-rotated query; others that share their
-            # last page are ordinary tokens of the window.
-            border = jnp.minimum(stop, group.spec.sink_tokens)
-            end = jnp.minimum(stop, store.spec.sink_pages * lag.page_size)
-            options = {"sink_tokens": group.spec.sink_tokens}
-            parts.append(segment(q_sink, store, sinks, 0 * border, border, **options))
-            if group.spec.sink_tokens < store.spec.sink_pages * lag.page_size:
-                parts.append(segment(q, store, sinks, border, end))
-    out, lse = parts[0]
-    for part in parts[1:]:
-        out, lse = merge(out, lse, *part)
-    return out if sink_logits is None else add_learned_sink(out, lse, sink_logits)[0]
+        spec, tables = store.spec, store.tables
+        start = spec.first_page(lengths) * spec.page_size
+        sinks = tables.sinks if spec.sink_pages else None
+        if sinks is None or q_sink is None:
+            parts.append(attend(q, store, Segment(tables.ring, start, stop, sinks), spec.rule))
+            continue
+        # The sink tokens, and only they, see the re-rotated query; others that share their last
+        # page are ordinary tokens of the window.
+        sink_tokens, window = group.spec.sink_tokens, Rule(window=group.spec.window)
+        ring_rule = dataclasses.replace(spec.rule, sink_tokens=0)
+        parts.append(attend(q, store, Segment(tables.ring, start, stop), ring_rule))
+        zero, border = jnp.zeros_like(stop), jnp.minimum(stop, sink_tokens)
+        end = jnp.minimum(stop, spec.sink_pages * spec.page_size)
+        sink_rule = dataclasses.replace(window, sink_tokens=sink_tokens)
+        parts.append(attend(q_sink, store, Segment(sinks, zero, border), sink_rule))
+        if sink_tokens < spec.sink_pages * spec.page_size:
+            parts.append(attend(q, store, Segment(sinks, border, end), window))
+    part = functools.reduce(merge, parts)
+    return part.out if sink_logits is None else add_learned_sink(part, sink_logits).out

@@ -60,7 +60,7 @@ class Store:
         """Releases reserved pages that were not needed, and pages that fell behind."""
         spec = self.spec
         spans = [_span(spec.stop_page(new_lengths), spec.stop_page(lengths + pending), most)]
-        if spec.window is not None or spec.lag.most is not None:
+        if spec.releases:
             spans.append(_span(spec.first_page(lengths), spec.first_page(new_lengths), most))
         logical, gone = (jnp.concatenate(x, axis=1) for x in zip(*spans, strict=True))
         page = jnp.where(gone, look_up(self.tables, logical), NULL_PAGE)
@@ -89,7 +89,7 @@ class Store:
         writes: jax.Array,
     ) -> "Store":
         """Stores the tokens that belong here, `[batch, tokens, ...]`, at their positions."""
-        size = self.spec.lag.page_size
+        size = self.spec.page_size
         logical = position // size
         pages = write_pages(
             self.pages,
@@ -181,7 +181,7 @@ class GroupState:
         if self.reads is None or most == 0:
             return self
         lag = self._body.spec.lag
-        newest = (lengths + pending - 1) // lag.page_size - lag.least
+        newest = (lengths + pending - 1) // self._body.spec.page_size - lag.least
         start = self._body.spec.stop_page(lengths)
         stop = jnp.where(pending > 0, newest + 1, 0)
         return self._quantize(layer, *_span(start, stop, most))
@@ -193,8 +193,10 @@ class GroupState:
         if self.reads is None:
             return self
         lag = self._body.spec.lag
-        newest = (lengths + pending - 1) // lag.page_size  # page of the step's last query
-        page = new_lengths // lag.page_size
+        newest = (
+            lengths + pending - 1
+        ) // self._body.spec.page_size  # page of the step's last query
+        page = new_lengths // self._body.spec.page_size
         leaves = (new_lengths > lengths) & (page > newest) & (self.reads > 0)
         logical = (page - lag.least)[:, None]
         return self._quantize(None, logical, leaves[:, None] & (logical >= self._body.spec.first))
@@ -220,7 +222,7 @@ class GroupState:
 
     @property
     def _page_size(self) -> int:
-        return self.stores[0].spec.lag.page_size
+        return self.stores[0].spec.page_size
 
 
 def create_group(
@@ -229,7 +231,7 @@ def create_group(
     """Allocates empty stores for a layer group; `key_means` as in `KVCache.create`."""
     spec, exact, body = group.spec, None, None
     if group.exact is not None:
-        size = group.exact.lag.page_size
+        size = group.exact.page_size
         shape = (len(group.layers), group.exact.pages, spec.kv_heads, size, spec.head_dim)
         pages = ExactPages(k=jnp.zeros(shape, spec.dtype), v=jnp.zeros(shape, spec.dtype))
         exact = _create_store(pages, group.exact, batch)

@@ -1,4 +1,4 @@
-"""Checks the axes of several arrays against each other, from one table of names."""
+"""Arithmetic on shapes: axes of several arrays checked from one table of names, ceilings."""
 
 import jax
 
@@ -25,3 +25,8 @@ def bind_dims(**arrays: tuple[jax.Array | None, str]) -> dict[str, int]:
             if sizes.setdefault(axis, size) != size:
                 raise ValueError(f"{name}.shape={array.shape}: {axis} must be {sizes[axis]}.")
     return sizes
+
+
+def cdiv(a, b):
+    """Smallest integer that is at least `a / b`, of ints or integer arrays, also negative ones."""
+    return -(-a // b)

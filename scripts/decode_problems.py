@@ -16,6 +16,8 @@ from pallas_kernels.backends import Backend
 from pallas_kernels.paged_attention import paged_attention
 from pallas_kernels.pages import CodedPages, ExactPages, Pages
 from pallas_kernels.quantize_pages.xla import quantize_page
+from pallas_kernels.rule import Rule
+from pallas_kernels.segment import Part, Queries, Segment, add_learned_sink
 from scripts.plan import GIB
 
 MAX_ERROR = 3e-3  # relative L2 to the float32 reference on the same stored values
@@ -255,17 +257,21 @@ def make_data(sizes: Sizes, key: jax.Array) -> Data:
 
 def attend(sizes: Sizes, backend: Backend, data: Data, table, spans, layer) -> jax.Array:
     """The op's output, `f32[batch, 1, q_heads, head_dim]`."""
-    return paged_attention(
-        data.q,
+    part = paged_attention(
+        Queries(data.q, spans["q_start"], spans["q_lens"]),
         data.pages,
-        table,
+        Segment(table, spans["kv_start"], spans["kv_stop"]),
+        Rule(window=sizes.workload.window),
         layer=layer,
-        **spans,
         scale=sizes.workload.head_dim**-0.5,
-        window=sizes.workload.window,
-        sink_logits=data.sink_logits,
         backend=backend,
-    )[0]
+    )
+    return with_sinks(part, data)
+
+
+def with_sinks(part: Part, data: Data) -> jax.Array:
+    """The part's output, with the learned sinks that there are."""
+    return part.out if data.sink_logits is None else add_learned_sink(part, data.sink_logits).out
 
 
 def expected(sizes: Sizes, data: Data, table, spans, layer) -> jax.Array:

@@ -22,8 +22,8 @@ from rich.console import Console
 from jaxkv.codecs import get_codec
 from pallas_kernels.paged_attention import gpu_decode
 from pallas_kernels.paged_attention.gpu_tiles import DecodeConfig
-from pallas_kernels.segments import add_learned_sink
-from pallas_kernels.visibility import seen_span
+from pallas_kernels.rule import Rule
+from pallas_kernels.segment import Queries, Segment
 from scripts import decode_problems
 from scripts.bench_step import fill_pages
 from scripts.command import run_command
@@ -36,6 +36,7 @@ from scripts.decode_problems import (
     make_data,
     make_problem,
     relative_error,
+    with_sinks,
 )
 from scripts.device_time import device_time, wall_times
 from scripts.plan import make_table
@@ -154,30 +155,19 @@ def random_data(sizes: Sizes) -> Data:
 
 def attend(sizes: Sizes, config: DecodeConfig, data: Data, table, spans, layer) -> jax.Array:
     """Like `decode_problems.attend`, with tile sizes."""
-    shape = sizes.workload
-    spans = dict(spans)
-    names = ("q_start", "q_lens", "kv_start", "kv_stop")
-    spans["kv_start"], spans["kv_stop"] = seen_span(
-        *(spans[name] for name in names), window=shape.window, sink_tokens=0
-    )
-    out, lse = gpu_decode.paged_attention(
-        data.q,
+    part = gpu_decode.paged_attention(
+        Queries(data.q, spans["q_start"], spans["q_lens"]),
         data.pages,
-        table,
+        Segment(table, spans["kv_start"], spans["kv_stop"]),
+        rule=Rule(window=sizes.workload.window),
         layer=layer,
-        **spans,
-        scale=shape.head_dim**-0.5,
-        window=shape.window,
-        sink_tokens=0,
-        lag=None,
+        scale=sizes.workload.head_dim**-0.5,
         soft_cap=None,
         out_dtype=jnp.float32,
         interpret=jax.default_backend() != "gpu",
         config=config,
     )
-    if data.sink_logits is not None:
-        out, _ = add_learned_sink(out, lse, data.sink_logits)
-    return out
+    return with_sinks(part, data)
 
 
 def neighbours(config: DecodeConfig, field: str) -> Iterator[DecodeConfig]:

@@ -11,6 +11,7 @@ from jaxkv import CacheConfig, KVCache
 from jaxkv.codecs import dequantize_original
 from pallas_kernels.dense_attention import dense_attention
 from pallas_kernels.pages import ExactPages
+from pallas_kernels.rule import Rule
 
 # Largest difference to the float32 oracle, by the dtype of the pages: rounding of K and V.
 TOLERANCE = {"float32": 2e-6, "float16": 2e-3, "bfloat16": 1.6e-2}
@@ -91,7 +92,7 @@ def step(cache, new_tokens, accepted, qs, ks, vs, q_sink, sink_logits, *, scale,
 
 
 fork = jax.jit(KVCache.fork, donate_argnums=0)
-oracle = jax.jit(dense_attention, static_argnames=("scale", "window", "sink_tokens", "soft_cap"))
+oracle = jax.jit(dense_attention, static_argnames=("scale", "rule", "soft_cap"))
 
 
 class Twin:
@@ -186,8 +187,7 @@ class Twin:
             np.where(row < count, start + row, -1)[None],
             np.where(j < start + count, j, -1)[None],
             scale=self.scale,
-            window=spec.window,
-            sink_tokens=spec.sink_tokens,
+            rule=Rule(window=spec.window, sink_tokens=spec.sink_tokens),
             soft_cap=self.soft_cap,
             sink_logits=None if self.sink_logits is None else self.sink_logits[layer],
             q_sink=None if spec.q_sink_limit is None else q_sink[layer, b][None],

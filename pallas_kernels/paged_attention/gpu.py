@@ -9,9 +9,11 @@ import jax.numpy as jnp
 from pallas_kernels.backends import interpreted
 from pallas_kernels.paged_attention import gpu_chunks, gpu_decode
 from pallas_kernels.pages import ExactPages, Pages
+from pallas_kernels.rule import Rule
+from pallas_kernels.segment import Part, Queries, Segment
 
 MOST_TOKENS = 8  # query tokens of decode and verify; what is longer is a chunk
-STATIC = ("scale", "window", "sink_tokens", "lag", "soft_cap", "out_dtype", "interpret")
+STATIC = ("rule", "scale", "soft_cap", "out_dtype", "interpret")
 
 # Functions of their own: traced and lowered once for all layers of a model that are alike.
 _attend_few = jax.jit(gpu_decode.paged_attention, static_argnames=STATIC)
@@ -51,10 +53,9 @@ def refusal(
 
 
 def paged_attention(
-    q, pages, page_table, sink_table, *, out_dtype, **options
-) -> tuple[jax.Array, jax.Array]:
+    queries: Queries, pages: Pages, segment: Segment, rule: Rule, **options
+) -> Part:
     """See `api.paged_attention`."""
-    options |= {"out_dtype": jnp.dtype(out_dtype), "interpret": interpreted()}
-    chunk = is_chunk(pages, q_tokens=q.shape[1], q_heads=q.shape[2])
+    chunk = is_chunk(pages, q_tokens=queries.q.shape[1], q_heads=queries.q.shape[2])
     attend = _attend_chunk if chunk else _attend_few
-    return attend(q, pages, page_table, sink_table, **options)
+    return attend(queries, pages, segment, rule=rule, interpret=interpreted(), **options)

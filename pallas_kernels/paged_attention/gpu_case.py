@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.paged_attention.gpu_dequant import Reader
 from pallas_kernels.paged_attention.gpu_split import SpanPages, span_pages
-from pallas_kernels.visibility import PageLag
+from pallas_kernels.rule import Rule
 
 if TYPE_CHECKING:  # codecs lie above the kernels
     from jaxkv.codecs.token_major import FactorPlace
@@ -26,10 +26,8 @@ class Case:
     group: int
     q_tokens: int
     score_scale: float  # what is not in q already, log2(e) included
-    window: int | None
-    sink_tokens: int
+    rule: Rule
     sink_pages: int  # slots of the table before the ring's
-    lag: PageLag | None
     soft_cap: float | None
     direct: bool  # a program a sequence, no parts to merge
     asm: bool
@@ -41,7 +39,7 @@ class Case:
     @property
     def masks_rows(self) -> bool:
         """Whether rows see different keys of a span."""
-        return self.q_tokens > 1 or (self.window is not None and self.sink_tokens > 0)
+        return self.rule.needs_mask(self.q_tokens)
 
 
 def find_span(x, case: Case) -> SpanPages:
@@ -51,8 +49,7 @@ def find_span(x, case: Case) -> SpanPages:
         x["kv_start"],
         x["kv_stop"],
         page_size=case.page_size,
-        window=case.window,
-        sink_tokens=case.sink_tokens,
+        rule=case.rule,
         sink_span=(x["sink_start"], x["sink_stop"]) if case.sink_pages else None,
     )
 

@@ -32,7 +32,8 @@ from pallas_kernels.paged_attention.gpu_plan import choose_shares, plan_work
 from pallas_kernels.paged_attention.gpu_split import LN2, NOTHING_SEEN, combine
 from pallas_kernels.paged_attention.gpu_tiles import DecodeConfig, choose_config, count_sms
 from pallas_kernels.pages import CodedPages, Pages
-from pallas_kernels.visibility import visible
+from pallas_kernels.rule import Rule
+from pallas_kernels.segment import Part, Queries, Segment, seen_spans
 
 if TYPE_CHECKING:  # codecs lie above the kernels
     from jaxkv.codecs.token_major import TokenMajor
@@ -48,26 +49,18 @@ FLOAT16_OFFSET = 4.0
 
 
 def paged_attention(
-    q,
+    queries: Queries,
     pages: Pages,
-    page_table,
-    sink_table=None,
+    segment: Segment,
     *,
+    rule: Rule,
     layer,
-    q_start,
-    q_lens,
-    kv_start,
-    kv_stop,
-    sink_span=None,
     scale,
-    window,
-    sink_tokens,
-    lag,
     soft_cap,
     out_dtype,
     interpret: bool = False,
     config: DecodeConfig | None = None,
-) -> tuple[jax.Array, jax.Array]:
+) -> Part:
     """See `api.paged_attention`.
 
     Raises:
@@ -75,25 +68,24 @@ def paged_attention(
     """
     dims = pages.dims
     coded = isinstance(pages, CodedPages)
+    q = queries.q
     batch, q_tokens, q_heads, head_dim = q.shape
     kv_heads, page_size = dims["kv_heads"], dims["page_size"]
     group = q_heads // kv_heads
     k, v, arrays, factors = _readers(pages, head_dim)
-    config = config or choose_config(k, v, group * q_tokens, window)
+    config = config or choose_config(k, v, group * q_tokens, rule.window)
     k = k if "k" in config.lookups else k.computed()
     v = v if "v" in config.lookups else v.computed()
     _check(head_dim, page_size, group, q_tokens, arrays)
 
-    most_pages = page_table.shape[1]
-    if window is not None and (sink_table is not None or not sink_tokens):
-        most_pages = min(most_pages, (window + q_tokens - 2) // page_size + 2)
-    if lag is not None and lag.most is not None:
-        most_pages = min(most_pages, lag.most + pl.cdiv(q_tokens - 1, page_size))
-    sink_pages = 0
-    if sink_table is not None:
-        sink_pages = sink_table.shape[1]
+    page_table, most_pages, sink_pages = segment.table, segment.table.shape[1], 0
+    seen_pages = rule.most_pages(q_tokens, page_size)
+    if seen_pages is not None and (segment.sinks is not None or not rule.sink_tokens):
+        most_pages = min(most_pages, seen_pages)
+    if segment.sinks is not None:
+        sink_pages = segment.sinks.shape[1]
         most_pages += sink_pages
-        page_table = jnp.concatenate([sink_table, page_table], axis=1)
+        page_table = jnp.concatenate([segment.sinks, page_table], axis=1)
     shares = choose_shares(
         config,
         batch=batch,
@@ -112,19 +104,18 @@ def paged_attention(
         group=group,
         q_tokens=q_tokens,
         score_scale=1.0 if coded else scale * LOG2E,
-        window=window,
-        sink_tokens=sink_tokens,
+        rule=rule,
         sink_pages=sink_pages,
-        lag=lag,
         soft_cap=soft_cap,
         direct=shares is None,
         asm=not interpret,
     )
-    spans = dict(q_start=q_start, kv_start=kv_start, kv_stop=kv_stop)
-    if sink_span is not None:
-        spans |= dict(zip(("sink_start", "sink_stop"), sink_span, strict=True))
+    seen = seen_spans(queries, segment, rule, page_size)
+    spans = dict(q_start=queries.start, kv_start=seen.run.start, kv_stop=seen.run.stop)
+    if seen.sinks is not None:
+        spans |= dict(sink_start=seen.sinks.start, sink_stop=seen.sinks.stop)
     scalars = spans | dict(
-        layer=jnp.asarray(layer, jnp.int32).reshape(1), q_lens=q_lens, table=page_table
+        layer=jnp.asarray(layer, jnp.int32).reshape(1), q_lens=queries.lens, table=page_table
     )
     work = None
     if shares is not None:
@@ -156,7 +147,7 @@ def paged_attention(
     if coded:
         unrotate = pages.layout.codec.value.unrotate
         out = rotate_rows(out, unrotate, out_dtype=out_dtype, interpret=interpret)
-    return out.astype(out_dtype), lse
+    return Part(out.astype(out_dtype), lse)
 
 
 def _stored(arrays: dict[str, jax.Array], *sides: Reader) -> dict[str, jax.Array]:
@@ -302,10 +293,7 @@ def _attend(refs, h, item: Item, *, case: Case, config: DecodeConfig):
         if not case.masks_rows:
             return axes.by_token(inside)
         i, j = axes.by_row(q_start + row_token), axes.by_token(positions)
-        seen = visible(i, j, window=case.window, sink_tokens=case.sink_tokens)
-        if case.lag is not None:
-            # Sink pages are served whatever their distance.
-            seen = seen & (case.lag.serves(i, j) | (j < case.sink_pages * case.page_size))
+        seen = case.rule.seen(i, j, pinned=case.sink_pages * case.page_size)
         return seen & axes.by_token(inside) & axes.by_row(row_token < q_len)
 
     def load_factors(where):
@@ -388,12 +376,14 @@ def _attend(refs, h, item: Item, *, case: Case, config: DecodeConfig):
         axes.no_sum(rows, config.block),
         tuple(jnp.zeros(axes.shape(rows, size), jnp.float32) for _, size in _columns(case.v)),
     )
-    sinks = case.sink_pages or (case.window is not None and case.sink_tokens)
+    sinks = case.sink_pages or (case.rule.window is not None and case.rule.sink_tokens)
     count = blocks.count
     if config.mask_all or sinks:
         state = run(0, count, state, masked=True)
     else:
-        low, high = _whole_span(case, q_start, q_len, kv_start, kv_stop)
+        low, high = kv_start, kv_stop
+        if case.q_tokens > 1:  # a single query sees all of its span
+            low, high = case.rule.seen_by_all(q_start, q_len, low, high)
         first, length = blocks.first, blocks.length
         whole_start = jnp.clip(pl.cdiv(jnp.maximum(low - first, 0), config.block), 0, count)
         whole_stop = jnp.minimum(high - first, length) // config.block
@@ -458,20 +448,3 @@ def _columns(reader: Reader) -> list[tuple[int, int]]:
     """`(start, size)` of each operand in the reader's order of dims."""
     sizes = [len(dims) for dims in reader.dims]
     return list(zip(np.cumsum([0, *sizes[:-1]]), sizes, strict=True))
-
-
-def _whole_span(case: Case, q_start, q_len, kv_start, kv_stop):
-    """Positions that every row that counts sees: `low <= j < high`."""
-    low, high = kv_start, kv_stop
-    if case.q_tokens == 1:
-        return low, high
-    q_stop = q_start + q_len
-    high = jnp.minimum(high, q_start + 1)
-    if case.window is not None:
-        low = jnp.maximum(low, q_stop - case.window)
-    if case.lag is not None:
-        size = case.lag.page_size
-        if case.lag.most is not None:
-            low = jnp.maximum(low, ((q_stop - 1) // size - case.lag.most + 1) * size)
-        high = jnp.minimum(high, (q_start // size - case.lag.least + 1) * size)
-    return low, high

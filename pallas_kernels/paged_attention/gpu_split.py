@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from pallas_kernels.rule import Rule
+
 LN2 = 0.6931471805599453
 # A finite running maximum for rows that have seen nothing, so that no -inf - -inf appears.
 NOTHING_SEEN = -1e30
@@ -38,8 +40,7 @@ def span_pages(
     kv_stop: jax.Array,
     *,
     page_size: int,
-    window: int | None,
-    sink_tokens: int,
+    rule: Rule,
     sink_span: tuple[jax.Array, jax.Array] | None = None,
 ) -> SpanPages:
     """Pages that `kv_start <= j < kv_stop` touches and some query sees; any integer arrays.
@@ -52,11 +53,11 @@ def span_pages(
         start, stop = sink_span
         head = jnp.where(stop > start, pl.cdiv(stop, page_size), 0)
         return SpanPages(jnp.zeros_like(first), head + pages, head, first - head)
-    if window is None or not sink_tokens:
+    if rule.window is None or not rule.sink_tokens:
         return SpanPages(first, pages)
-    sink_pages = pl.cdiv(sink_tokens, page_size)
+    sink_pages = pl.cdiv(rule.sink_tokens, page_size)
     head = jnp.minimum(jnp.maximum(sink_pages - first, 0), pages)
-    near = jnp.maximum(q_start - window + 1, kv_start) // page_size
+    near = jnp.maximum(rule.window_start(q_start), kv_start) // page_size
     gap = jnp.minimum(jnp.maximum(near - first - head, 0), pages - head)
     return SpanPages(first, pages - gap, head, gap)
 

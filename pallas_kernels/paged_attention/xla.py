@@ -6,15 +6,18 @@ pages are attended as codes: the query is rotated once, factors are folded into 
 probabilities, the output is rotated back once.
 """
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.pages import CodedPages, ExactPages
-from pallas_kernels.visibility import visible
+from pallas_kernels.pages import CodedPages, ExactPages, Pages
+from pallas_kernels.rule import Rule
+from pallas_kernels.segment import Part, Queries, Segment, Spans, seen_spans
+from pallas_kernels.shapes import cdiv
 
-# Keys a loop step, measured on a CPU: a few queries want few steps, a chunk little masked waste.
+# Keys per loop step, measured on a CPU: a few queries want few steps, a chunk little masked waste.
 DECODE_BLOCK, PREFILL_BLOCK = 256, 128
 DECODE_TOKENS = 8  # most query tokens that count as decode (with drafts to verify)
 # A finite running maximum for rows that have seen nothing, so that no -inf - -inf appears.
@@ -22,78 +25,30 @@ NOTHING_SEEN = -1e30
 
 
 def paged_attention(
-    q,
-    pages,
-    page_table,
-    sink_table,
+    queries: Queries,
+    pages: Pages,
+    segment: Segment,
+    rule: Rule,
     *,
     layer,
-    q_start,
-    q_lens,
-    kv_start,
-    kv_stop,
-    sink_span,
     scale,
-    window,
-    sink_tokens,
-    lag,
     soft_cap,
     out_dtype,
-) -> tuple[jax.Array, jax.Array]:
+) -> Part:
     """See `api.paged_attention`."""
-    batch, q_tokens, q_heads, head_dim = q.shape
+    batch, q_tokens, q_heads, head_dim = queries.q.shape
     kv_heads, page_size = pages.dims["kv_heads"], pages.dims["page_size"]
     group = q_heads // kv_heads
     codec = pages.layout.codec if isinstance(pages, CodedPages) else None
     # [batch, kv_heads, group * q_tokens, head_dim]: all rows that read the same keys, together.
-    rows = q.reshape(batch, q_tokens, kv_heads, group, head_dim).transpose(0, 2, 3, 1, 4)
+    rows = queries.q.reshape(batch, q_tokens, kv_heads, group, head_dim).transpose(0, 2, 3, 1, 4)
     rows = rows.reshape(batch, kv_heads, group * q_tokens, head_dim).astype(jnp.float32) * scale
     rows = rows if codec is None else codec.key.rotate(rows)
-    token = jnp.arange(q_tokens, dtype=jnp.int32)[None]
-    slot = jnp.arange(page_size, dtype=jnp.int32)[None, None]
-    q_position = jnp.where(token < q_lens[:, None], q_start[:, None] + token, -1)
-    i = q_position[:, :, None]
-
-    width = page_table.shape[1]
-    first = kv_start // page_size
-    ring_pages = jnp.where(kv_stop > kv_start, -(-kv_stop // page_size) - first, 0)
-    sink_pages = jnp.zeros_like(first)
-    if sink_span is not None:
-        sink_start, sink_stop = sink_span
-        sink_pages = jnp.where(sink_stop > sink_start, -(-sink_stop // page_size), 0)
-    if lag is not None and lag.most is not None:  # so few pages can be seen at all
-        width = min(width, lag.most + -(-(q_tokens - 1) // page_size))
-    most = width + (0 if sink_table is None else sink_table.shape[1])
-    block_tokens = DECODE_BLOCK if q_tokens <= DECODE_TOKENS else PREFILL_BLOCK
-    block = max(1, min(block_tokens // page_size, most))  # pages a step
-    blocks = -(-jnp.max(ring_pages + sink_pages) // block)
+    blocks = _plan_blocks(queries, segment, rule, page_size)
 
     def attend_block(step, state):
         m, l, acc = state
-        # Sink pages come first, then the ring's, from the segment's first one on.
-        ordinal = step * block + jnp.arange(block, dtype=jnp.int32)[None]
-        logical = first[:, None] + ordinal - sink_pages[:, None]
-        page = jnp.take_along_axis(page_table, logical % page_table.shape[1], axis=1)
-        start, stop = kv_start[:, None], kv_stop[:, None]
-        if sink_table is not None:
-            is_sink = ordinal < sink_pages[:, None]
-            place = jnp.minimum(ordinal, sink_table.shape[1] - 1)
-            sink = jnp.take_along_axis(sink_table, jnp.broadcast_to(place, is_sink.shape), axis=1)
-            page, logical = jnp.where(is_sink, sink, page), jnp.where(is_sink, ordinal, logical)
-            start = jnp.where(is_sink, sink_start[:, None], start)[:, :, None]
-            stop = jnp.where(is_sink, sink_stop[:, None], stop)[:, :, None]
-        else:
-            start, stop = start[:, :, None], stop[:, :, None]
-        j = logical[:, :, None] * page_size + slot  # [batch, block, page_size]
-        inside = ((j >= start) & (j < stop)).reshape(batch, 1, block * page_size)
-        j = j.reshape(batch, 1, block * page_size)
-        sees = visible(i, j, window=window, sink_tokens=sink_tokens) & inside & (i >= 0)
-        if lag is not None and q_tokens > 1:  # one token's span says it already
-            served = lag.serves(i, j)
-            if sink_table is not None:
-                served |= j < sink_pages[:, None, None] * page_size
-            sees &= served
-
+        page, sees = blocks.find(step)
         if isinstance(pages, CodedPages):
             keys, values = _read_codes(pages, layer, page, rows)
         else:
@@ -117,10 +72,10 @@ def paged_attention(
         jnp.zeros(rows.shape[:3], jnp.float32),
         jnp.zeros(rows.shape, jnp.float32),
     )
-    if block == most:  # all there can be: no loop
+    if blocks.only_one:
         m, l, acc = attend_block(0, state)
     else:
-        m, l, acc = jax.lax.fori_loop(0, blocks, attend_block, state)
+        m, l, acc = jax.lax.fori_loop(0, blocks.count, attend_block, state)
     seen = l > 0
     total = jnp.where(seen, l, 1.0)
     lse = jnp.where(seen, m + jnp.log(total), -jnp.inf)
@@ -129,7 +84,78 @@ def paged_attention(
     out = out if codec is None else codec.value.unrotate(out)
     out = out.reshape(*per_row, head_dim).transpose(0, 3, 1, 2, 4)
     lse = lse.reshape(per_row).transpose(0, 3, 1, 2)
-    return out.reshape(q.shape).astype(out_dtype), lse.reshape(q.shape[:3])
+    shape = queries.q.shape
+    return Part(out.reshape(shape).astype(out_dtype), lse.reshape(shape[:3]))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Blocks:
+    """Blocks of pages to read: pages are numbered with the sink pages first, then the run's."""
+
+    queries: Queries
+    segment: Segment
+    rule: Rule  # that the masks apply
+    spans: Spans
+    sink_pages: jax.Array  # i32[batch], sink pages that are read
+    page_size: int
+    pages: int  # per block
+    count: jax.Array  # i32[]
+    only_one: bool  # a block holds all pages there can be: no loop
+
+    def find(self, step) -> tuple[jax.Array, jax.Array]:
+        """A block's page ids, `i32[batch, pages]`, and `bool[batch, q_tokens, entries]` to see."""
+        segment, run, sinks = self.segment, self.spans.run, self.spans.sinks
+        ordinal = step * self.pages + jnp.arange(self.pages, dtype=jnp.int32)[None]
+        first = run.start // self.page_size
+        logical = first[:, None] + ordinal - self.sink_pages[:, None]
+        page = jnp.take_along_axis(segment.table, logical % segment.table.shape[1], axis=1)
+        start, stop, pinned = run.start[:, None], run.stop[:, None], 0
+        if segment.sinks is not None and sinks is not None:
+            is_sink = ordinal < self.sink_pages[:, None]
+            place = jnp.minimum(ordinal, segment.sinks.shape[1] - 1)
+            place = jnp.broadcast_to(place, is_sink.shape)
+            sink = jnp.take_along_axis(segment.sinks, place, axis=1)
+            page, logical = jnp.where(is_sink, sink, page), jnp.where(is_sink, ordinal, logical)
+            start = jnp.where(is_sink, sinks.start[:, None], start)
+            stop = jnp.where(is_sink, sinks.stop[:, None], stop)
+            pinned = segment.sinks.shape[1] * self.page_size
+        slot = jnp.arange(self.page_size, dtype=jnp.int32)[None, None]
+        entry = logical[:, :, None] * self.page_size + slot  # [batch, pages, page_size]
+        inside = (entry >= start[:, :, None]) & (entry < stop[:, :, None])
+        entry, inside = (x.reshape(len(x), 1, -1) for x in (entry, inside))
+        i = self.queries.positions[:, :, None]
+        return page, self.rule.seen(i, entry, pinned=pinned) & inside & (i >= 0)
+
+
+def _plan_blocks(queries: Queries, segment: Segment, rule: Rule, page_size: int) -> Blocks:
+    """Cuts what some query sees into blocks."""
+    spans = seen_spans(queries, segment, rule, page_size)
+    q_tokens, width = queries.q.shape[1], segment.table.shape[1]
+    start, stop = spans.run
+    run_pages = jnp.where(stop > start, cdiv(stop, page_size) - start // page_size, 0)
+    sink_pages = jnp.zeros_like(run_pages)
+    if spans.sinks is not None:
+        start, stop = spans.sinks
+        sink_pages = jnp.where(stop > start, cdiv(stop, page_size), 0)
+    if rule.lag is not None and rule.lag.most is not None:
+        most_pages = rule.most_pages(q_tokens, page_size)
+        assert most_pages is not None
+        width = min(width, most_pages)
+    most = width + (0 if segment.sinks is None else segment.sinks.shape[1])
+    block_tokens = DECODE_BLOCK if q_tokens <= DECODE_TOKENS else PREFILL_BLOCK
+    block = max(1, min(block_tokens // page_size, most))
+    return Blocks(
+        queries=queries,
+        segment=segment,
+        # The span of a single query says all that a lag says.
+        rule=rule if q_tokens > 1 else dataclasses.replace(rule, lag=None),
+        spans=spans,
+        sink_pages=sink_pages,
+        page_size=page_size,
+        pages=block,
+        count=cdiv(jnp.max(run_pages + sink_pages), block),
+        only_one=block == most,
+    )
 
 
 class Vectors(NamedTuple):

@@ -13,6 +13,7 @@ import pytest
 from jaxkv import CacheConfig, KVCache, LayerSpec
 from jaxkv.codecs import get_codec
 from pallas_kernels.dense_attention import dense_attention
+from pallas_kernels.rule import Rule
 from tests.helpers import TOLERANCE
 
 BATCH, Q_HEADS, KV_HEADS, HEAD_DIM, PAGE, CHUNK = 2, 6, 3, 64, 64, 48
@@ -191,7 +192,6 @@ def test_stream_of_any_length_runs_in_constant_pages():
             position[:, -1:],
             position,
             scale=8**-0.5,
-            window=WINDOW,
-            sink_tokens=spec.sink_tokens,
+            rule=Rule(window=WINDOW, sink_tokens=spec.sink_tokens),
         )
         np.testing.assert_allclose(outs[layer, 0], expected[0, 0, 0], atol=TOLERANCE["float32"])

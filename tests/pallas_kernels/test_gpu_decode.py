@@ -33,7 +33,8 @@ from pallas_kernels.paged_attention import (
 )
 from pallas_kernels.paged_attention.gpu_tiles import DecodeConfig
 from pallas_kernels.pages import CodedPages, ExactPages
-from pallas_kernels.visibility import PageLag, seen_span
+from pallas_kernels.rule import PageLag, Rule
+from pallas_kernels.segment import Queries, Segment
 
 LAYERS, LAYER = 2, 1
 # Relative L2 error: rounding of probabilities, of queries of coded pages and of levels.
@@ -73,30 +74,23 @@ class Case:
     def attend(
         self, *, interpret, config=None, window=None, sink_tokens=0, lag=None, soft_cap=None
     ):
-        where = dict(self.where)
-        where["kv_start"], where["kv_stop"] = seen_span(
-            *(where[n] for n in ("q_start", "q_lens", "kv_start", "kv_stop")),
-            window=window,
-            sink_tokens=sink_tokens,
-            lag=lag,
-        )
+        rule = Rule(window=window, sink_tokens=sink_tokens, lag=lag)
         run = functools.partial(
             gpu_decode.paged_attention,
+            rule=rule,
             scale=0.2,
-            window=window,
-            sink_tokens=sink_tokens,
-            lag=lag if self.q.shape[1] > 1 else None,
             soft_cap=soft_cap,
             out_dtype=jnp.float32,
             interpret=interpret,
             config=config,
         )
+        where = self.where
+        queries = Queries(self.q, where["q_start"], where["q_lens"])
+        segment = Segment(self.table, where["kv_start"], where["kv_stop"])
         with on_the_device():
-            return jax.jit(lambda *a, **k: run(*a, layer=jnp.int32(LAYER), **k))(
-                self.q, self.pages, self.table, **where
-            )
+            return jax.jit(lambda *a: run(*a, layer=jnp.int32(LAYER)))(queries, self.pages, segment)
 
-    def dense(self, **options):
+    def dense(self, *, window=None, sink_tokens=0, lag=None, **options):
         start, count, first, stop = (
             self.where[name][:, None] for name in ("q_start", "q_lens", "kv_start", "kv_stop")
         )
@@ -104,7 +98,10 @@ class Case:
         j = jnp.arange(self.k.shape[1], dtype=jnp.int32)[None]
         q_position = jnp.where(row < count, start + row, -1)
         k_position = jnp.where((j >= first) & (j < stop), j, -1)
-        return dense_attention(self.q, self.k, self.v, q_position, k_position, scale=0.2, **options)
+        rule = Rule(window=window, sink_tokens=sink_tokens, lag=lag)
+        return dense_attention(
+            self.q, self.k, self.v, q_position, k_position, scale=0.2, rule=rule, **options
+        )
 
 
 def make_case(
@@ -296,11 +293,18 @@ def test_shapes(store, shape, interpret):
     assert_close(case.attend(interpret=interpret, config=config), case.dense(), tolerance)
 
 
-def kernel_and_reference(case, interpret, options, **arrays):
+def kernel_and_reference(case, interpret, options, *, sinks=None, table=None, kv_start=None):
     """What the op gives by the kernel, and by the reference."""
-    op = functools.partial(paged_attention, layer=LAYER, scale=0.2, **options)
-    arrays = case.where | dict(q=case.q, pages=case.pages) | arrays
-    run = lambda backend: jax.jit(functools.partial(op, backend=backend))(**arrays)
+    rule = Rule(**{n: x for n, x in options.items() if n in ("window", "sink_tokens", "lag")})
+    rest = {n: x for n, x in options.items() if n not in ("window", "sink_tokens", "lag")}
+    op = functools.partial(paged_attention, rule=rule, layer=LAYER, scale=0.2, **rest)
+    queries = Queries(case.q, case.where["q_start"], case.where["q_lens"])
+    start = case.where["kv_start"] if kv_start is None else kv_start
+    table = case.table if table is None else table
+    segment = Segment(table, start, case.where["kv_stop"], sinks)
+    run = lambda backend: jax.jit(functools.partial(op, backend=backend))(
+        queries, case.pages, segment
+    )
     with interpret_kernels() if interpret else contextlib.nullcontext(), on_the_device():
         got = run("gpu")
     return got, run("reference")
@@ -328,25 +332,23 @@ def test_chunks_of_prompts(case, interpret):
     store, shape, options = case
     dtypes = ("bfloat16", "float16")
     case = make_case(store if store in dtypes else get_codec(store), **shape)
-    got, want = kernel_and_reference(case, interpret, options, page_table=case.table)
+    got, want = kernel_and_reference(case, interpret, options)
     assert_close(got, want, TOLERANCE[store if store in dtypes else "coded"])
 
 
 def test_one_token_blocks(interpret):
     """More query heads of a kv head than half a block has rows; the last two tokens are padding."""
     case = make_case(lengths=(3, 20), q_lens=(3, 1), group=70, kv_heads=1)
-    got, want = kernel_and_reference(case, interpret, dict(window=9), page_table=case.table)
+    got, want = kernel_and_reference(case, interpret, dict(window=9))
     assert_close(got, want, TOLERANCE["bfloat16"])
 
 
 @pytest.mark.parametrize("tokens", [1, 9], ids=["few", "chunk"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_learned_sinks_and_the_type_of_the_output(dtype, tokens, interpret):
+def test_the_type_of_the_output(dtype, tokens, interpret):
     case = make_case(lengths=(20, 49), q_lens=(tokens, 1))
-    sinks = jnp.arange(case.q.shape[2]) / 3 - 1
-    options = dict(sink_logits=sinks, out_dtype=jnp.dtype(dtype))
-    got, want = kernel_and_reference(case, interpret, options, page_table=case.table)
-    assert got[0].dtype == want[0].dtype == dtype
+    got, want = kernel_and_reference(case, interpret, dict(out_dtype=jnp.dtype(dtype)))
+    assert got.out.dtype == want.out.dtype == dtype
     as_float32 = lambda pair: (pair[0].astype(jnp.float32), pair[1])
     assert_close(as_float32(got), as_float32(want), TOLERANCE["bfloat16"])
 
@@ -372,7 +374,7 @@ def test_sink_pages_of_a_table_of_their_own(case, interpret):
     sinks, ring = case.table[:, :2], case.table.at[:, :2].set(10**6)
     start = jnp.full(5, 2 * case.page_size, jnp.int32)
     got, want = kernel_and_reference(
-        case, interpret, options, page_table=ring, sink_table=sinks, kv_start=start
+        case, interpret, options, table=ring, sinks=sinks, kv_start=start
     )
     assert_close(got, want, TOLERANCE["bfloat16"])
 

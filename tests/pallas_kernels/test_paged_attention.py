@@ -12,6 +12,8 @@ from pallas_kernels.backends import choose_backend
 from pallas_kernels.dense_attention import dense_attention
 from pallas_kernels.paged_attention import paged_attention
 from pallas_kernels.pages import ExactPages
+from pallas_kernels.rule import Rule
+from pallas_kernels.segment import Queries, Segment, add_learned_sink
 from tests.helpers import TOLERANCE
 
 PAGE, LAYERS, LAYER, KV_HEADS, GROUP, HEAD_DIM = 8, 3, 1, 2, 3, 20
@@ -36,13 +38,20 @@ class Case:
     k: jax.Array  # [batch, tokens, kv_heads, head_dim]
     v: jax.Array
 
-    def attend(self, *, layer=LAYER, **options):
-        pages = ExactPages(k=self.k_pages, v=self.v_pages)
-        return paged_attention(
-            self.q, pages, self.page_table, layer=layer, scale=0.2, **self.where, **options
+    def attend(self, *, layer=LAYER, window=None, sink_tokens=0, sink_logits=None, **options):
+        where = self.where
+        part = paged_attention(
+            Queries(self.q, where["q_start"], where["q_lens"]),
+            ExactPages(k=self.k_pages, v=self.v_pages),
+            Segment(self.page_table, where["kv_start"], where["kv_stop"]),
+            Rule(window=window, sink_tokens=sink_tokens),
+            layer=layer,
+            scale=0.2,
+            **options,
         )
+        return part if sink_logits is None else add_learned_sink(part, sink_logits)
 
-    def dense(self, **options):
+    def dense(self, *, window=None, sink_tokens=0, **options):
         start, count, first, stop = (
             self.where[name][:, None] for name in ("q_start", "q_lens", "kv_start", "kv_stop")
         )
@@ -50,7 +59,10 @@ class Case:
         j = jnp.arange(self.k.shape[1], dtype=jnp.int32)[None]
         q_position = jnp.where(row < count, start + row, -1)
         k_position = jnp.where((j >= first) & (j < stop), j, -1)
-        return dense_attention(self.q, self.k, self.v, q_position, k_position, scale=0.2, **options)
+        rule = Rule(window=window, sink_tokens=sink_tokens)
+        return dense_attention(
+            self.q, self.k, self.v, q_position, k_position, scale=0.2, rule=rule, **options
+        )
 
 
 def make_case(
@@ -113,19 +125,16 @@ def assert_close(got, expected, tolerance=TOLERANCE["float32"]):
 def test_two_keys_by_hand(backend):
     pages = jnp.zeros((1, 2, 1, 2, 1)).at[0, 1, 0, :, 0].set(jnp.asarray([0.0, np.log(3.0)]))
     one = jnp.asarray([1], jnp.int32)
-    out, lse = paged_attention(
-        jnp.full((1, 1, 2, 1), 2.0),
+    part = paged_attention(
+        Queries(jnp.full((1, 1, 2, 1), 2.0), one, one),
         ExactPages(k=pages, v=jnp.exp(pages)),  # values 1 and 3
-        jnp.asarray([[1]], jnp.int32),
+        Segment(jnp.asarray([[1]], jnp.int32), 0 * one, 2 * one),
+        Rule(),
         layer=0,
-        q_start=one,
-        q_lens=one,
-        kv_start=0 * one,
-        kv_stop=2 * one,
         scale=0.5,
-        sink_logits=jnp.log(jnp.asarray([4.0, 0.0])),
         backend=backend,
     )
+    out, lse = add_learned_sink(part, jnp.log(jnp.asarray([4.0, 0.0])))
     np.testing.assert_allclose(out[0, 0, :, 0], [10 / 8, 10 / 4], rtol=1e-6)
     np.testing.assert_allclose(lse[0, 0], np.log([8, 4]), rtol=1e-6)
 
@@ -235,7 +244,7 @@ def test_bad_shapes_name_the_value():
         dataclasses.replace(case, page_table=case.page_table[:4]).attend()
     with pytest.raises(ValueError, match=r"^q.shape=\(5, 6, 20\) must be \[batch, q_tokens, "):
         dataclasses.replace(case, q=case.q[:, 0]).attend()
-    with pytest.raises(ValueError, match="^sink_logits.shape=.* q_heads must be 6.$"):
+    with pytest.raises(ValueError, match=r"^sink_logits.shape=\(1,\) must be \(6,\).$"):
         case.attend(sink_logits=jnp.zeros(1))
 
 
