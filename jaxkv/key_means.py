@@ -10,7 +10,6 @@ from jaxkv.cache import KVCache
 from jaxkv.config import CacheConfig
 from jaxkv.keep import Keep
 from jaxkv.page_tables import look_up
-from pallas_kernels.pages import ExactPages
 
 
 def fit_key_means(model, tokens: Sequence[int], *, chunk: int = 256) -> list[np.ndarray]:
@@ -53,9 +52,10 @@ def _add_chunk(model, tokens, count, cache: KVCache, sums):
     for layer, total in enumerate(sums):
         number, index = cache.config.locate(layer)
         store, size = cache.groups[number].exact, cache.config.page_size
-        assert store is not None and isinstance(store.pages, ExactPages)
+        assert store is not None
         page = look_up(store.tables, position // size)
-        keys = store.pages.k[index, page, :, position % size]  # [1, tokens, kv_heads, head_dim]
+        # [1, tokens, kv_heads, head_dim]
+        keys = store.pages.arrays["k"][index, page, :, position % size]
         keys = jnp.where(counts[..., None, None], keys.astype(jnp.float32), 0)
         new.append(total + keys.sum(axis=(0, 1)))
     return cache.commit(count), new

@@ -13,7 +13,6 @@ from jaxkv.store import GroupState
 from pallas_kernels import quantize_pages, write_pages
 from pallas_kernels.backends import Backend
 from pallas_kernels.paged_attention import choose
-from pallas_kernels.pages import CodedPages
 
 PREFILL_TOKENS = 64  # stands for a chunk of a prompt
 
@@ -127,7 +126,7 @@ def _writing(state: GroupState, platform: str | None) -> Backend:
 
 def _quantizing(state: GroupState, platform: str | None) -> Backend | None:
     """Who turns exact pages into codes; None where tokens are coded as they are written."""
-    if state.body is None or not isinstance(state.body.pages, CodedPages):
+    if state.body is None:
         return None
     return quantize_pages.choose(None, state.body.pages, platform=platform)
 

@@ -6,6 +6,7 @@ it may reach; committing releases what lies outside the span of the length it di
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -14,7 +15,9 @@ import jax.numpy as jnp
 from jaxkv.allocator import NULL_PAGE, PagePool, allocate, create_pool, release, retain
 from jaxkv.config import LayerGroup, StoreSpec
 from jaxkv.page_tables import PageTables, create_tables, enter, entries, look_up
-from pallas_kernels.pages import CodedPages, ExactPages, Pages
+from pallas_kernels.codecs.presets import exact_codec
+from pallas_kernels.layouts.plain import Plain
+from pallas_kernels.pages import Pages, empty_pages
 from pallas_kernels.quantize_pages import quantize_pages
 from pallas_kernels.write_pages import write_pages
 
@@ -203,8 +206,7 @@ class GroupState:
 
     def _quantize(self, layer, logical: jax.Array, wanted: jax.Array) -> "GroupState":
         exact, body = self.exact, self._body
-        assert exact is not None and isinstance(exact.pages, ExactPages)
-        assert isinstance(body.pages, CodedPages)
+        assert exact is not None
         pages = quantize_pages(
             body.pages,
             exact.pages,
@@ -230,23 +232,18 @@ def create_group(
 ) -> GroupState:
     """Allocates empty stores for a layer group; `key_means` as in `KVCache.create`."""
     spec, exact, body = group.spec, None, None
+    empty = functools.partial(empty_pages, layers=len(group.layers), kv_heads=spec.kv_heads)
     if group.exact is not None:
-        size = group.exact.page_size
-        shape = (len(group.layers), group.exact.pages, spec.kv_heads, size, spec.head_dim)
-        pages = ExactPages(k=jnp.zeros(shape, spec.dtype), v=jnp.zeros(shape, spec.dtype))
+        layout = Plain(
+            codec=exact_codec(spec.dtype), head_dim=spec.head_dim, page_size=group.exact.page_size
+        )
+        pages = empty(layout, pages=group.exact.pages)
         exact = _create_store(pages, group.exact, batch)
     if group.body is not None and group.layout is not None:
-        leading = (len(group.layers), group.body.pages)
-        arrays = {
-            name: jnp.zeros(leading + one.shape, one.dtype)
-            for name, one in group.layout.arrays.items()
-        }
-        mean, kind = None, spec.kv_codec.key_mean
-        if kind == "page":
-            mean = jnp.zeros((*leading, spec.kv_heads, spec.head_dim), jnp.float16)
-        elif kind == "static":
+        mean = None
+        if spec.kv_codec.key_mean == "static":
             mean = _static_mean(group, key_means)
-        pages = CodedPages(arrays=arrays, key_mean=mean, layout=group.layout)
+        pages = empty(group.layout, pages=group.body.pages, static_mean=mean)
         body = _create_store(pages, group.body, batch)
     quantizes = body is not None and body.spec.lag.least > 0
     return GroupState(exact=exact, body=body, reads=jnp.int32(1) if quantizes else None)

@@ -1,12 +1,18 @@
-"""Which implementation of an op serves a call: named or chosen, never swapped silently."""
+"""Which implementation of an op serves a call: named or chosen, never swapped silently.
+
+A backend of an op is a module that has the op, and `refusal(**call)`: why it does not serve a call,
+in words, or None.
+"""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import ModuleType
 from typing import Literal, get_args
 
-import jax
+from pallas_kernels.device import current_platform
 
 Backend = Literal["xla", "reference", "gpu", "tpu"]
+NEEDS = {"gpu": "an NVIDIA GPU", "tpu": "a TPU"}  # other backends run anywhere
 
 _interpreted = False
 
@@ -33,33 +39,40 @@ def interpret_kernels() -> Iterator[None]:
 def choose_backend(
     op: str,
     backend: Backend | None,
-    implemented: tuple[Backend, ...],
+    modules: Mapping[Backend, ModuleType],
     platform: str | None = None,
-    gpu_refusal: str | None = None,
+    **call,
 ) -> Backend:
     """Returns the backend that serves `op`: the named one, or the platform's best.
 
     Args:
       op: name, for the message.
-      backend: None chooses by platform among `implemented`.
-      implemented: backends that the op has for this case.
+      backend: None chooses the platform's own where it serves the call, else "xla".
+      modules: the op's backends.
       platform: "cpu", "gpu" or "tpu"; None asks JAX.
-      gpu_refusal: why "gpu" does not serve this call, in words; None if it does.
+      call: facts about the call, as each module's `refusal` takes them.
 
     Raises:
       ValueError: no such backend.
       NotImplementedError: the named backend does not serve this op, or not this call.
     """
-    if gpu_refusal is not None:
-        if backend == "gpu":
-            raise NotImplementedError(f"{op}: {gpu_refusal}.")
-        implemented = tuple(name for name in implemented if name != "gpu")
+    platform = current_platform(platform)
+
+    def refusal(name: Backend) -> str | None:
+        if name in NEEDS and platform != name and not interpreted():
+            return f"backend={name!r} needs {NEEDS[name]}, and JAX runs on {platform!r}"
+        return modules[name].refusal(**call)
+
     if backend is None:
-        platform = platform or jax.default_backend()
-        return platform if platform in implemented else "xla"  # type: ignore[return-value]
+        for name in modules:
+            if str(name) == platform and refusal(name) is None:
+                return name
+        return "xla"
     if backend not in get_args(Backend):
         raise ValueError(f"{backend=} must be one of {', '.join(get_args(Backend))}.")
-    if backend not in implemented:
-        served = ", ".join(implemented)
+    if backend not in modules:
+        served = ", ".join(modules)
         raise NotImplementedError(f"{op} has no {backend!r} backend; it runs on: {served}.")
+    if (reason := refusal(backend)) is not None:
+        raise NotImplementedError(f"{op}: {reason}.")
     return backend

@@ -1,59 +1,60 @@
-"""The two kinds of page pool that attention reads: values as they are, and codes."""
+"""A pool of pages: named arrays that a layout explains, exact values and codes alike."""
 
 import dataclasses
-from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 
-if TYPE_CHECKING:  # codecs lie above the kernels: only their interface is used here
-    from jaxkv.codecs import PageLayout
+from pallas_kernels.codecs.codec import Exact, KVCodec
+from pallas_kernels.layouts.page_layout import PageLayout
+from pallas_kernels.layouts.plain import Plain
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ExactPages:
-    """Keys and values in a float type."""
+class Pages:
+    """Keys and values of all pages of a pool, as `layout` stores them.
 
-    k: jax.Array  # [layers, pages, kv_heads, page_size, head_dim]
-    v: jax.Array  # like k
-
-    @property
-    def dims(self) -> dict[str, int]:
-        """Sizes by name; raises ValueError where `k` and `v` differ."""
-        if self.k.ndim != 5 or self.k.shape != self.v.shape:
-            raise ValueError(
-                f"k.shape={self.k.shape}, v.shape={self.v.shape} must be equal and "
-                "[layers, pages, kv_heads, page_size, head_dim]."
-            )
-        names = ("layers", "pages", "kv_heads", "page_size", "head_dim")
-        return dict(zip(names, self.k.shape, strict=True))
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class CodedPages:
-    """Codes and factors, laid out as `layout` says, and key means where the codec removes them.
-
-    A mean is in the space of the codes (rotated, if the key codec rotates): a score is
-    `q' . (scale * code_values + mean)` with one rotated query `q'`.
+    A key mean, where the codec removes one, is in the space of the codes (rotated, if the key
+    codec rotates): a score is `q' . (scale * code_values + mean)` with one rotated query `q'`.
     """
 
     arrays: dict[str, jax.Array]  # of layout.arrays, each [layers, pages, ...]
     key_mean: jax.Array | None  # f16[layers, pages, kv_heads, head_dim]; 1 page: one for all
-    layout: "PageLayout" = dataclasses.field(metadata=dict(static=True))
+    layout: PageLayout = dataclasses.field(metadata=dict(static=True))
 
-    def means(self, layer: int | jax.Array, page: jax.Array) -> jax.Array | None:
-        """Key means of pages, `f16[*page.shape, kv_heads, head_dim]`."""
-        if self.key_mean is None:
-            return None
-        return self.key_mean[layer, page if self.key_mean.shape[1] > 1 else jnp.zeros_like(page)]
+    @classmethod
+    def exact(cls, k: jax.Array, v: jax.Array) -> "Pages":
+        """Pages of values as they are.
+
+        Args:
+          k: `[layers, pages, kv_heads, page_size, head_dim]`.
+          v: like `k`.
+
+        Raises:
+          ValueError: `k` and `v` differ in shape.
+        """
+        if k.ndim != 5 or k.shape != v.shape:
+            raise ValueError(
+                f"k.shape={k.shape}, v.shape={v.shape} must be equal and "
+                "[layers, pages, kv_heads, page_size, head_dim]."
+            )
+        *_, page_size, head_dim = k.shape
+        codec = KVCodec(name="exact", key=Exact(str(k.dtype)), value=Exact(str(v.dtype)))
+        layout = Plain(codec=codec, head_dim=head_dim, page_size=page_size)
+        return cls(arrays={"k": k, "v": v}, key_mean=None, layout=layout)
+
+    @property
+    def coded(self) -> bool:
+        """Whether pages hold codes instead of the values themselves."""
+        return self.layout.codec.lossy
 
     @property
     def dims(self) -> dict[str, int]:
         """Sizes by name; raises ValueError where an array is not what the layout says."""
         layers, pages = next(iter(self.arrays.values())).shape[:2]
-        for name, one in self.layout.arrays.items():
+        kv_heads = self.layout.kv_heads(self.arrays)
+        for name, one in self.layout.arrays(kv_heads).items():
             if self.arrays[name].shape != (layers, pages, *one.shape):
                 raise ValueError(
                     f"{name}.shape={self.arrays[name].shape} must be {(layers, pages, *one.shape)}."
@@ -61,10 +62,40 @@ class CodedPages:
         return dict(
             layers=layers,
             pages=pages,
-            kv_heads=self.layout.kv_heads,
+            kv_heads=kv_heads,
             page_size=self.layout.page_size,
             head_dim=self.layout.head_dim,
         )
 
+    def means(self, layer: int | jax.Array, page: jax.Array) -> jax.Array | None:
+        """Key means of pages, `f16[*page.shape, kv_heads, head_dim]`; None without means."""
+        if self.key_mean is None:
+            return None
+        return self.key_mean[layer, page if self.key_mean.shape[1] > 1 else jnp.zeros_like(page)]
 
-Pages = ExactPages | CodedPages
+
+def empty_pages(
+    layout: PageLayout,
+    *,
+    layers: int,
+    pages: int,
+    kv_heads: int,
+    static_mean: jax.Array | None = None,
+) -> Pages:
+    """Allocates pages of zeros.
+
+    Args:
+      layout: of each page.
+      layers: layers that share the pool's page ids.
+      pages: of the pool.
+      kv_heads: of each layer.
+      static_mean: `f16[layers, 1, kv_heads, head_dim]`, for a codec with `key_mean="static"`.
+    """
+    arrays = {
+        name: jnp.zeros((layers, pages, *one.shape), one.dtype)
+        for name, one in layout.arrays(kv_heads).items()
+    }
+    key_mean = static_mean
+    if layout.codec.key_mean == "page":
+        key_mean = jnp.zeros((layers, pages, kv_heads, layout.head_dim), jnp.float16)
+    return Pages(arrays=arrays, key_mean=key_mean, layout=layout)

@@ -77,6 +77,10 @@ def seen_spans(queries: Queries, segment: Segment, rule: Rule, page_size: int) -
     return Spans(Span(*run), sinks)
 
 
+# A finite running maximum for rows that have seen nothing, so that no -inf - -inf appears.
+NOTHING_SEEN = -1e30
+
+
 class Part(NamedTuple):
     """Attention over a set of keys, ready to be merged with others."""
 

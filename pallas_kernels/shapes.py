@@ -1,6 +1,11 @@
 """Arithmetic on shapes: axes of several arrays checked from one table of names, ceilings."""
 
+from typing import Any
+
 import jax
+
+# An operand of a kernel: an array when it is called, a ref inside, and before that its shape.
+Operand = Any
 
 
 def bind_dims(**arrays: tuple[jax.Array | None, str]) -> dict[str, int]:

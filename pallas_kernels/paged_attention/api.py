@@ -1,17 +1,19 @@
 """Attention of the newest tokens over one segment: checks the call and picks who serves it."""
 
+from types import ModuleType
+
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from pallas_kernels.backends import Backend, choose_backend
-from pallas_kernels.paged_attention import gpu, reference, xla
+from pallas_kernels.paged_attention import reference, triton, xla
 from pallas_kernels.pages import Pages
 from pallas_kernels.rule import Rule
 from pallas_kernels.segment import Part, Queries, Segment
 from pallas_kernels.shapes import bind_dims
 
-BACKENDS: tuple[Backend, ...] = ("xla", "reference", "gpu")
+BACKENDS: dict[Backend, ModuleType] = {"xla": xla, "reference": reference, "gpu": triton}
 
 
 def choose(
@@ -35,8 +37,8 @@ def choose(
       ValueError: no such backend.
       NotImplementedError: the named backend does not serve this; the message says why.
     """
-    why = gpu.refusal(pages, q_tokens=q_tokens, q_heads=q_heads, platform=platform)
-    return choose_backend("paged_attention", backend, BACKENDS, platform, gpu_refusal=why)
+    call = dict(pages=pages, q_tokens=q_tokens, q_heads=q_heads)
+    return choose_backend("paged_attention", backend, BACKENDS, platform, **call)
 
 
 def paged_attention(
@@ -94,8 +96,7 @@ def paged_attention(
     if rule.lag is not None and rule.lag.page_size != dims["page_size"]:
         raise ValueError(f"{rule.lag.page_size=} must be the pages' {dims['page_size']}.")
     chosen = choose(backend, pages, q_tokens=sizes["q_tokens"], q_heads=sizes["q_heads"])
-    serve = {"xla": xla, "reference": reference, "gpu": gpu}[chosen]
-    return serve.paged_attention(
+    return BACKENDS[chosen].paged_attention(
         queries,
         pages,
         segment,

@@ -12,16 +12,20 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.pages import CodedPages, ExactPages, Pages
+from pallas_kernels.layouts.plain import Plain
+from pallas_kernels.pages import Pages
 from pallas_kernels.rule import Rule
-from pallas_kernels.segment import Part, Queries, Segment, Spans, seen_spans
+from pallas_kernels.segment import NOTHING_SEEN, Part, Queries, Segment, Spans, seen_spans
 from pallas_kernels.shapes import cdiv
 
 # Keys per loop step, measured on a CPU: a few queries want few steps, a chunk little masked waste.
 DECODE_BLOCK, PREFILL_BLOCK = 256, 128
 DECODE_TOKENS = 8  # most query tokens that count as decode (with drafts to verify)
-# A finite running maximum for rows that have seen nothing, so that no -inf - -inf appears.
-NOTHING_SEEN = -1e30
+
+
+def refusal(**call) -> None:
+    """Serves every call."""
+    del call
 
 
 def paged_attention(
@@ -39,20 +43,17 @@ def paged_attention(
     batch, q_tokens, q_heads, head_dim = queries.q.shape
     kv_heads, page_size = pages.dims["kv_heads"], pages.dims["page_size"]
     group = q_heads // kv_heads
-    codec = pages.layout.codec if isinstance(pages, CodedPages) else None
+    codec = pages.layout.codec
     # [batch, kv_heads, group * q_tokens, head_dim]: all rows that read the same keys, together.
     rows = queries.q.reshape(batch, q_tokens, kv_heads, group, head_dim).transpose(0, 2, 3, 1, 4)
     rows = rows.reshape(batch, kv_heads, group * q_tokens, head_dim).astype(jnp.float32) * scale
-    rows = rows if codec is None else codec.key.rotate(rows)
+    rows = codec.key.rotate(rows)
     blocks = _plan_blocks(queries, segment, rule, page_size)
 
     def attend_block(step, state):
         m, l, acc = state
         page, sees = blocks.find(step)
-        if isinstance(pages, CodedPages):
-            keys, values = _read_codes(pages, layer, page, rows)
-        else:
-            keys, values = _read_exact(pages, layer, page)
+        keys, values = _read(pages, layer, page, rows)
         score = _scores(rows, keys)
         if soft_cap is not None:
             score = soft_cap * jnp.tanh(score / soft_cap)
@@ -80,8 +81,7 @@ def paged_attention(
     total = jnp.where(seen, l, 1.0)
     lse = jnp.where(seen, m + jnp.log(total), -jnp.inf)
     per_row = (batch, kv_heads, group, q_tokens)
-    out = acc / total[..., None]
-    out = out if codec is None else codec.value.unrotate(out)
+    out = codec.value.unrotate(acc / total[..., None])
     out = out.reshape(*per_row, head_dim).transpose(0, 3, 1, 2, 4)
     lse = lse.reshape(per_row).transpose(0, 3, 1, 2)
     shape = queries.q.shape
@@ -161,27 +161,16 @@ def _plan_blocks(queries: Queries, segment: Segment, rule: Rule, page_size: int)
 class Vectors(NamedTuple):
     """Keys or values of a block: `scale * x + zero`, with a mean's share of scores for keys."""
 
-    x: jax.Array  # exact: f32[batch, kv_heads, tokens, head_dim]; codes: as `PageLayout.gather`
+    # f32[batch, kv_heads, tokens, head_dim] of exact values, and of codes page by page with the
+    # dims first: f32[batch, kv_heads, block, head_dim, page_size].
+    x: jax.Array
     scale: jax.Array | None = None  # f32[batch, kv_heads, tokens]
     zero: jax.Array | None = None
     bias: jax.Array | None = None  # f32[batch, kv_heads, rows, tokens], added to scores
 
 
-def _read_exact(pages: ExactPages, layer, page: jax.Array) -> tuple[Vectors, Vectors]:
-    """Keys and values of `page`, `i32[batch, block]`."""
-    head = jnp.arange(pages.k.shape[2], dtype=jnp.int32)[None, :, None]
-
-    def gather(pool):
-        x = pool[layer, page[:, None, :], head]  # [batch, kv_heads, block, page_size, head_dim]
-        return Vectors(x.reshape(*x.shape[:2], -1, x.shape[-1]).astype(jnp.float32))
-
-    return gather(pages.k), gather(pages.v)
-
-
-def _read_codes(
-    pages: CodedPages, layer, page: jax.Array, rows: jax.Array
-) -> tuple[Vectors, Vectors]:
-    """Like `_read_exact`, the codes' levels and their factors apart."""
+def _read(pages: Pages, layer, page: jax.Array, rows: jax.Array) -> tuple[Vectors, Vectors]:
+    """Keys and values of `page`, `i32[batch, block]`: levels of the codes, and factors apart."""
     layout = pages.layout
     key, value = layout.gather(pages.arrays, layer, page)
     bias = None
@@ -193,7 +182,10 @@ def _read_codes(
 
     def vectors(tensor, record, bias=None):
         x = tensor.code_values(record.codes)
-        x = x if layout.dims_first else jnp.swapaxes(x, -1, -2)
+        if isinstance(layout, Plain):  # tokens of all pages in a row
+            x = x.reshape(*x.shape[:2], -1, x.shape[-1])
+        elif not layout.dims_first:
+            x = jnp.swapaxes(x, -1, -2)
         flat = lambda f: None if f is None else f.reshape(*f.shape[:2], -1)
         scale, zero = map(flat, tensor.factor_values(record.factors))
         return Vectors(x, scale, zero, bias)

@@ -1,30 +1,32 @@
 """Checks a call and picks who serves it."""
 
+from types import ModuleType
+
 import jax
 
 from pallas_kernels.backends import Backend, choose_backend
-from pallas_kernels.pages import CodedPages, ExactPages
-from pallas_kernels.quantize_pages import gpu, xla
+from pallas_kernels.pages import Pages
+from pallas_kernels.quantize_pages import triton, xla
 from pallas_kernels.shapes import bind_dims
 
-BACKENDS: tuple[Backend, ...] = ("xla", "gpu")
+BACKENDS: dict[Backend, ModuleType] = {"xla": xla, "gpu": triton}
 
 
 def quantize_pages(
-    coded: CodedPages,
-    exact: ExactPages,
+    coded: Pages,
+    exact: Pages,
     *,
     layer: int | jax.Array | None,
     source: jax.Array,
     target: jax.Array,
     wanted: jax.Array,
     backend: Backend | None = None,
-) -> CodedPages:
+) -> Pages:
     """Quantizes page `source[i]` of `exact` into page `target[i]` of `coded` where `wanted[i]`.
 
     Args:
-      coded: pools with as many layers as `exact`; donate them for an update in place.
-      exact: pools; every token of a wanted page must stand in it.
+      coded: pages of codes with as many layers as `exact`; donate them for an update in place.
+      exact: pages of values; every token of a wanted page must stand in it.
       layer: index into the pools' first axis, static or traced; None for all layers.
       source: `i32[n]`, page ids.
       target: `i32[n]`, page ids, different where wanted.
@@ -42,13 +44,13 @@ def quantize_pages(
     for name, size in coded.dims.items():
         if name != "pages" and exact.dims[name] != size:
             raise ValueError(f"{name}={exact.dims[name]} of exact pages must be {size}.")
-    serve = {"xla": xla, "gpu": gpu}[choose(backend, coded)]
+    serve = BACKENDS[choose(backend, coded)]
     return serve.quantize_pages(
         coded, exact, layer=layer, source=source, target=target, wanted=wanted
     )
 
 
-def choose(backend: Backend | None, coded: CodedPages, *, platform: str | None = None) -> Backend:
+def choose(backend: Backend | None, coded: Pages, *, platform: str | None = None) -> Backend:
     """Who quantizes into such pages: the named backend, or the platform's best.
 
     Args:
@@ -59,5 +61,4 @@ def choose(backend: Backend | None, coded: CodedPages, *, platform: str | None =
     Raises:
       NotImplementedError: the named backend does not serve them; says why.
     """
-    why = gpu.refusal(coded, platform=platform)
-    return choose_backend("quantize_pages", backend, BACKENDS, platform, gpu_refusal=why)
+    return choose_backend("quantize_pages", backend, BACKENDS, platform, coded=coded)

@@ -5,16 +5,19 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.pages import CodedPages, ExactPages
+from pallas_kernels.pages import Pages
 
 # Pages of a layer that one turn of the loop takes. A CPU takes them one by one: the code search
 # makes arrays twelve times a page's size, which then stay in its cache.
 BLOCK = 32
 
 
-def quantize_pages(
-    coded: CodedPages, exact: ExactPages, *, layer, source, target, wanted
-) -> CodedPages:
+def refusal(**call) -> None:
+    """Serves every call."""
+    del call
+
+
+def quantize_pages(coded: Pages, exact: Pages, *, layer, source, target, wanted) -> Pages:
     """See `api.quantize_pages`."""
     one_by_one = coded.layout.dims_first
     block = 1 if one_by_one else BLOCK
@@ -43,14 +46,17 @@ def quantize_pages(
             start = (own[0], target[0]) + (0,) * (pool.ndim - 2)
             return jax.lax.dynamic_update_slice(pool, x[None], start)
 
-        k, key_mean = read(exact.k), coded.key_mean  # [block, kv_heads, page_size, head_dim]
+        k, key_mean = (
+            read(exact.arrays["k"]),
+            coded.key_mean,
+        )  # [block, kv_heads, page_size, head_dim]
         mean = None
         if coded.layout.codec.key_mean == "page":
             mean = coded.layout.codec.key_page_mean(k)
             key_mean = put(coded.key_mean, mean)
         elif key_mean is not None:  # a static one
             mean = key_mean[own, 0]
-        record = quantize_page(coded.layout, k, read(exact.v), mean)
+        record = quantize_page(coded.layout, k, read(exact.arrays["v"]), mean)
         arrays = {name: put(coded.arrays[name], x) for name, x in record.items()}
         return dataclasses.replace(coded, arrays=arrays, key_mean=key_mean)
 

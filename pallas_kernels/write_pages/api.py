@@ -1,13 +1,15 @@
 """Checks a call and picks who serves it."""
 
+from types import ModuleType
+
 import jax
 
 from pallas_kernels.backends import Backend, choose_backend
 from pallas_kernels.pages import Pages
 from pallas_kernels.shapes import bind_dims
-from pallas_kernels.write_pages import gpu, xla
+from pallas_kernels.write_pages import triton, xla
 
-BACKENDS: tuple[Backend, ...] = ("xla", "gpu")
+BACKENDS: dict[Backend, ModuleType] = {"xla": xla, "gpu": triton}
 
 
 def write_pages(
@@ -51,7 +53,7 @@ def write_pages(
     for name in ("kv_heads", "head_dim"):
         if sizes[name] != pages.dims[name]:
             raise ValueError(f"k.shape={k.shape}: {name} must be {pages.dims[name]}.")
-    serve = {"xla": xla, "gpu": gpu}[choose(backend, pages)]
+    serve = BACKENDS[choose(backend, pages)]
     return serve.write_pages(pages, k, v, layer=layer, page=page, slot=slot, writes=writes)
 
 
@@ -67,5 +69,4 @@ def choose(backend: Backend | None, pages: Pages, *, platform: str | None = None
       ValueError: no such backend.
       NotImplementedError: the named backend does not serve them; says why.
     """
-    why = gpu.refusal(pages, platform=platform)
-    return choose_backend("write_pages", backend, BACKENDS, platform, gpu_refusal=why)
+    return choose_backend("write_pages", backend, BACKENDS, platform, pages=pages)

@@ -19,7 +19,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 from jaxkv import CacheConfig, KVCache, LayerSpec
 from jaxkv.codecs import KVCodec, dequantize_original
-from jaxkv.codecs.affine import MinMax
+from pallas_kernels.codecs.affine import MinMax
 from pallas_kernels.pages import ExactPages
 
 PAGE, BATCH, STEP = 4, 4, 3 * 4  # a step adds up to three pages

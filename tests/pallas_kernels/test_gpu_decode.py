@@ -14,12 +14,12 @@ import pytest
 
 from jaxkv import CacheConfig, KVCache, LayerSpec
 from jaxkv.codecs import get_codec
-from jaxkv.codecs.affine import Float8, Int8, MinMax
-from jaxkv.codecs.codebooks import get_codebook
-from jaxkv.codecs.codec import KVCodec, page_mean
-from jaxkv.codecs.packing import pack_planes
-from jaxkv.codecs.token_major import TokenMajor
-from jaxkv.codecs.turboquant import TurboQuant
+from pallas_kernels.codecs.affine import Float8, Int8, MinMax
+from pallas_kernels.codecs.codebooks import get_codebook
+from pallas_kernels.codecs.codec import KVCodec, page_mean
+from pallas_kernels.layouts.packing import pack_planes
+from pallas_kernels.layouts.token_major import TokenMajor
+from pallas_kernels.codecs.turboquant import TurboQuant
 from pallas_kernels.backends import interpret_kernels
 from pallas_kernels.dense_attention import dense_attention
 from pallas_kernels.paged_attention import (

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxkv.codecs.turboquant import TurboQuant
+from pallas_kernels.codecs.turboquant import TurboQuant
 from pallas_kernels.gpu_rotation import FEW_ROWS, rotate_rows, sign_matrix
 
 SIGNED = TurboQuant(sign_seed=3)

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxkv.codecs.affine import Float8, Int8, MinMax
+from pallas_kernels.codecs.affine import Float8, Int8, MinMax
 
 
 def gaussian(shape, seed=0):

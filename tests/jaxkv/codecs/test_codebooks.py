@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxkv.codecs.codebooks import gaussian_mse, get_codebook
+from pallas_kernels.codecs.codebooks import gaussian_mse, get_codebook
 
 ALL = [(n, b) for n in ("lloyd_max", "cubic") for b in (2, 3, 4)] + [("quintic", 4)]
 # Max (1960) and DESIGN's table; centroids are published to four digits, the last one uncertain.

@@ -17,7 +17,7 @@ from jaxkv.codecs import (
     get_codec,
     page_mean,
 )
-from jaxkv.codecs.factors import load_factor, store_factor
+from pallas_kernels.codecs.factors import load_factor, store_factor
 
 LOSSY = [name for name in codec_names() if name != "exact"]
 TENSORS = sorted({c for n in LOSSY for c in (get_codec(n).key, get_codec(n).value)}, key=str)

@@ -17,8 +17,8 @@ from jaxkv.codecs import (
     default_layout,
     get_codec,
 )
-from jaxkv.codecs.packing import unpack_planes
-from jaxkv.codecs.page_layout import MAX_WASTE
+from pallas_kernels.layouts.packing import unpack_planes
+from pallas_kernels.layouts.page_layout import MAX_WASTE
 
 PLATFORMS = ("cpu", "gpu", "tpu")
 # On TPU 2- and 3-bit codes of 80 dims fill no 32-bit words, and 3 heads leave rows of a tile empty.

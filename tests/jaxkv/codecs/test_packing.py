@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxkv.codecs.packing import (
+from pallas_kernels.layouts.packing import (
     check_packable,
     pack_float16_pairs,
     pack_planes,

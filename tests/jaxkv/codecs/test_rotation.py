@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxkv.codecs.rotation import channel_signs, rotate, rotation_matrix, unrotate
+from pallas_kernels.codecs.rotation import channel_signs, rotate, rotation_matrix, unrotate
 
 HEAD_DIMS = (2, 6, 16, 24, 32, 64, 80, 96, 112, 128, 192, 256, 320, 512)
 

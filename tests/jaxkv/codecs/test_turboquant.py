@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxkv.codecs.codebooks import gaussian_mse, get_codebook
-from jaxkv.codecs.codec import dequantize_original, page_mean
-from jaxkv.codecs.rotation import channel_signs, rotation_matrix
-from jaxkv.codecs.turboquant import PRE_SCALES, TurboQuant
+from pallas_kernels.codecs.codebooks import gaussian_mse, get_codebook
+from pallas_kernels.codecs.codec import dequantize_original, page_mean
+from pallas_kernels.codecs.rotation import channel_signs, rotation_matrix
+from pallas_kernels.codecs.turboquant import PRE_SCALES, TurboQuant
 
 HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256, 512)
 

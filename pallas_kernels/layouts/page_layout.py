@@ -1,8 +1,10 @@
 """How one page of a codec's codes and factors lies in memory: the base of all layouts.
 
-A layout turns the logical record, keys and values of `kv_heads` heads over some tokens, into
-named arrays and back without loss. Pools add leading axes, `[layers, pages, ...]`. A page's key
-mean is no token's: the cache keeps it as an array of its own.
+A layout turns the logical record, keys and values of some heads over some tokens, into named
+arrays and back without loss. Pools add leading axes, `[layers, pages, ...]`. A layout does not
+know how many heads there are: it reads that from arrays, so it serves a pool that is sharded over
+heads as well as a whole one. A page's key mean belongs to no token: pools keep it as an array of
+its own.
 """
 
 from dataclasses import dataclass
@@ -11,7 +13,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from jaxkv.codecs.codec import KVCodec, Quantized, TensorCodec
+from pallas_kernels.codecs.codec import KVCodec, Quantized, TensorCodec
 
 MAX_WASTE = 1.05  # allocated over useful bytes
 
@@ -39,21 +41,31 @@ def same_bits(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
 
 @dataclass(frozen=True, kw_only=True)
 class PageLayout:
-    """Base of both kinds. A record is `codes[..., kv_heads, tokens, head_dim]` with factors
-    `[..., kv_heads, tokens]`; `tokens` is `page_size`, or fewer where single tokens are written
-    (every word belongs to one token, so writing needs no read).
+    """Base of all layouts.
+
+    A record is `codes[..., kv_heads, tokens, head_dim]` with factors `[..., kv_heads, tokens]`;
+    `tokens` is `page_size`, or fewer where single tokens are written. Every word belongs to one
+    token, so writing a token reads nothing.
     """
 
     dims_first: ClassVar[bool] = False  # how `gather` gives codes
 
     codec: KVCodec
-    kv_heads: int
     head_dim: int
     page_size: int
 
-    @property
-    def arrays(self) -> dict[str, jax.ShapeDtypeStruct]:
+    def arrays(self, kv_heads: int) -> dict[str, jax.ShapeDtypeStruct]:
         """Shape and dtype of each array of one page."""
+        raise NotImplementedError
+
+    def kv_heads(self, arrays: Arrays) -> int:
+        """Heads that arrays hold, `[..., *shape of a page's]`, by their shapes."""
+        name, axis = next(iter(self.head_axes.items()))
+        return arrays[name].shape[axis]
+
+    @property
+    def head_axes(self) -> dict[str, int]:
+        """Which (negative) axis of each array counts heads: the one to shard over."""
         raise NotImplementedError
 
     @property
@@ -61,20 +73,27 @@ class PageLayout:
         """Which (negative) axis of each array of `pack` counts tokens."""
         raise NotImplementedError
 
-    @property
-    def allocated_bytes(self) -> int:
-        """Bytes of one page of all heads in memory, tile padding included."""
-        return sum(s.size * s.dtype.itemsize for s in self.arrays.values())
+    def allocated_bytes(self, kv_heads: int) -> int:
+        """Bytes of one page of `kv_heads` heads in memory, tile padding included."""
+        return sum(s.size * s.dtype.itemsize for s in self.arrays(kv_heads).values())
 
-    @property
-    def useful_bytes(self) -> int:
-        """Bytes of one page of all heads by the codec's own count, without a page mean."""
+    def useful_bytes(self, kv_heads: int) -> int:
+        """The same by the codec's own count, without a page mean."""
         key, value = self.codec.key, self.codec.value
         token = key.bytes_per_token(self.head_dim) + value.bytes_per_token(self.head_dim)
-        return token * self.kv_heads * self.page_size
+        return token * kv_heads * self.page_size
+
+    def check_waste(self, kv_heads: int) -> None:
+        """Raises ValueError where padding would take more than 5 % of a page of so many heads."""
+        allocated, useful = self.allocated_bytes(kv_heads), self.useful_bytes(kv_heads)
+        if allocated > MAX_WASTE * useful:
+            raise ValueError(
+                f"{kv_heads=}, head_dim={self.head_dim}: a page of {self.codec.name} would take "
+                f"{allocated} bytes for {useful} useful ones."
+            )
 
     def pack(self, key: Quantized, value: Quantized) -> Arrays:
-        """Arrays of a record, shaped as `arrays` with its leading axes in front."""
+        """Arrays of a record, shaped as `arrays` says, with its leading axes in front."""
         raise NotImplementedError
 
     def unpack(self, arrays: Arrays) -> tuple[Quantized, Quantized]:
@@ -120,10 +139,3 @@ class PageLayout:
             # Indices apart from each other bring their axes to the front: [batch, tokens, ...].
             new[name] = pool.at[tuple(place)].set(jnp.moveaxis(x, axis, 1), mode="drop")
         return new
-
-    def _check_waste(self):
-        if self.allocated_bytes > MAX_WASTE * self.useful_bytes:
-            raise ValueError(
-                f"kv_heads={self.kv_heads}, head_dim={self.head_dim}: a page of {self.codec.name} "
-                f"would take {self.allocated_bytes} bytes for {self.useful_bytes} useful ones."
-            )

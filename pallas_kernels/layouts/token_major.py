@@ -1,4 +1,4 @@
-"""Page layout for XLA on CPU (bytes) and for GPUs (16- or 32-bit words): a row a token."""
+"""Page layout for GPUs: one row of words per token (16 or 32 bits; bytes where nothing fits)."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxkv.codecs.codec import Quantized, TensorCodec
-from jaxkv.codecs.packing import (
+from pallas_kernels.codecs.codec import Quantized, TensorCodec
+from pallas_kernels.layouts.packing import (
     PARTS,
     WORDS,
     check_packable,
@@ -17,7 +17,13 @@ from jaxkv.codecs.packing import (
     unpack_pair,
     unpack_planes,
 )
-from jaxkv.codecs.page_layout import Arrays, PageLayout, is_float8, same_bits, stored_dtype
+from pallas_kernels.layouts.page_layout import (
+    Arrays,
+    PageLayout,
+    is_float8,
+    same_bits,
+    stored_dtype,
+)
 
 
 class FactorPlace(NamedTuple):
@@ -43,11 +49,9 @@ class TokenMajor(PageLayout):
         for tensor in (self.codec.key, self.codec.value):
             if self._packs(tensor):
                 check_packable(self.head_dim, tensor.bits, self.word_bits)
-        self._check_waste()
 
-    @property
-    def arrays(self) -> dict[str, jax.ShapeDtypeStruct]:
-        rows = (self.kv_heads, self.page_size)
+    def arrays(self, kv_heads: int) -> dict[str, jax.ShapeDtypeStruct]:
+        rows = (kv_heads, self.page_size)
         arrays = {}
         for side, tensor in (("k", self.codec.key), ("v", self.codec.value)):
             if self._packs(tensor):
@@ -89,7 +93,11 @@ class TokenMajor(PageLayout):
 
     @property
     def token_axes(self) -> dict[str, int]:
-        return {name: -1 if name.startswith("factors") else -2 for name in self.arrays}
+        return {name: -1 if name.startswith("factors") else -2 for name in self.arrays(1)}
+
+    @property
+    def head_axes(self) -> dict[str, int]:
+        return {name: axis - 1 for name, axis in self.token_axes.items()}
 
     def gather(
         self, arrays: Arrays, layer: int | jax.Array, page: jax.Array

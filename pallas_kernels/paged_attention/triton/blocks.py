@@ -7,35 +7,37 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from pallas_kernels.paged_attention.gpu_case import Case, table_slot
-from pallas_kernels.paged_attention.gpu_dequant import Where
-from pallas_kernels.paged_attention.gpu_split import SpanPages
+from pallas_kernels.paged_attention.triton.address import Address
+from pallas_kernels.paged_attention.triton.case import Case
+from pallas_kernels.paged_attention.triton.operands import Inputs
+from pallas_kernels.paged_attention.triton.span import SpanPages
+from pallas_kernels.segment import Span
 
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-    """What a program does at a time: ordinal pages `start <= o < stop` of sequence `b`'s span."""
+    """One piece of work of a program: ordinal pages `start <= o < stop` of sequence `b`'s span."""
 
     b: jax.Array
     start: jax.Array
     stop: jax.Array
     span: SpanPages
-    part: jax.Array | None  # of the sequence's; None where it is never cut
+    part: jax.Array | None  # number of the part it gives; None where sequences are never cut
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Blocks:
     """An item's blocks. Tokens are counted from the item's first page, `length` lie in the span."""
 
-    refs: dict[str, Any]
+    refs: Inputs
     case: Case
     size: int  # tokens of a block
     head: Any
     layer: Any
     b: jax.Array
     span: SpanPages
-    kv_span: tuple[jax.Array, jax.Array]  # positions that some query sees
-    sink_span: tuple[jax.Array, jax.Array] | None  # the same of the sink pages' table
+    seen: Span  # positions of the run that some query sees
+    sinks: Span | None  # the same of the sink pages' table
     base: jax.Array  # the item's first token among those of the span's pages
     first: jax.Array  # its position
     length: jax.Array
@@ -46,14 +48,14 @@ class Blocks:
         return pl.cdiv(jnp.maximum(self.length, 0), self.size)
 
     def look_up(self, i):
-        """What the table holds for a block: one page, or one for every token."""
+        """Page id of a block, or of each of its tokens where a block spans pages."""
         _, slot = self._find(i)
-        return self.refs["table"][self.b, slot]
+        return self.refs.table[self.b, slot]
 
     def locate(self, i, page, *, masked: bool):
-        """Where block `i`'s tokens are, their positions, and which lie in the span.
+        """The address of block `i`'s tokens, their positions, and which lie in the span.
 
-        `page` is what `look_up` found.
+        `page` comes from `look_up`.
         """
         page_size = self.case.page_size
         position, place = self._find(i)
@@ -68,8 +70,8 @@ class Blocks:
                 inside = inside & (tokens < self.length)
                 page = jnp.where(inside, page, 0)  # past its end the table may hold anything
         mask = inside if masked else None
-        where = Where(self.layer, self.head, page, slot, self.size, place, mask)
-        return where, positions, inside
+        address = Address(self.layer, self.head, page, slot, self.size, place, mask)
+        return address, positions, inside
 
     def _find(self, i):
         """Position of a block's first token and its page's slot of the table; or of every token.
@@ -80,29 +82,31 @@ class Blocks:
         if self.case.page_size < self.size:
             token = token + jnp.arange(self.size, dtype=jnp.int32)
         position = self.span.position(token, self.case.page_size)
-        return position, table_slot(position // self.case.page_size, self.refs, self.case)
+        return position, self.case.table_slot(position // self.case.page_size, self.refs.table)
 
     def _in_span(self, positions):
-        start, stop = self.kv_span
-        if self.sink_span is not None:
-            sink_start, sink_stop = self.sink_span
+        start, stop = self.seen
+        if self.sinks is not None:
+            sink_start, sink_stop = self.sinks
             is_sink = positions < self.case.sink_pages * self.case.page_size
             start = jnp.where(is_sink, sink_start, start)
             stop = jnp.where(is_sink, sink_stop, stop)
         return (positions >= start) & (positions < stop)
 
 
-def blocks_of(item: Item, refs, case: Case, *, size: int, head, layer, kv_span) -> Blocks:
+def blocks_of(
+    item: Item, refs: Inputs, case: Case, *, size: int, head, layer, seen: Span
+) -> Blocks:
     """The blocks of `size` tokens of an item of one kv head."""
     b, span = item.b, item.span
     base = item.start * case.page_size
     first = span.position(base, case.page_size)
-    stop = _ordinal(kv_span[1], span, case)
-    sink_span = None
+    stop = _ordinal(seen.stop, span, case)
+    sinks = None
     if case.sink_pages:
-        assert span.head is not None
-        sink_span = refs["sink_start"][b], refs["sink_stop"][b]
-        stop = jnp.where(span.pages > span.head, stop, sink_span[1])
+        assert span.head is not None and refs.bounds.sinks is not None
+        sinks = Span(*(ref[b] for ref in refs.bounds.sinks))
+        stop = jnp.where(span.pages > span.head, stop, sinks.stop)
     return Blocks(
         refs=refs,
         case=case,
@@ -111,8 +115,8 @@ def blocks_of(item: Item, refs, case: Case, *, size: int, head, layer, kv_span) 
         layer=layer,
         b=b,
         span=span,
-        kv_span=kv_span,
-        sink_span=sink_span,
+        seen=seen,
+        sinks=sinks,
         base=base,
         first=first,
         length=jnp.minimum((item.stop - item.start) * case.page_size, stop - base),

@@ -1,65 +1,18 @@
-"""Split-KV for GPUs: the pages of a span, in order, and the merge of a sequence's parts."""
+"""The merge of a sequence's parts by their log-sum-exp, in place."""
 
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.rule import Rule
+from pallas_kernels.paged_attention.triton.base2 import LN2
+from pallas_kernels.segment import NOTHING_SEEN
 
-LN2 = 0.6931471805599453
-# A finite running maximum for rows that have seen nothing, so that no -inf - -inf appears.
-NOTHING_SEEN = -1e30
-# Least and most parts that are merged in one step. The mean of a sequence's is best; the least is
-# larger, as one long sequence among short ones has many.
+# Least and most parts that are merged in one step. Sequences have the mean number on average; the
+# least is larger, as one long sequence among short ones has many.
 PARTS_AT_ONCE = 8, 64
-
-
-class SpanPages(NamedTuple):
-    """Pages of a span, counted by ordinals that leave out what stands between sinks and window."""
-
-    first: jax.Array  # logical page of ordinal 0
-    pages: jax.Array  # ordinals in use; 0 for an empty span
-    head: jax.Array | None = None  # ordinals before the gap
-    gap: jax.Array | None = None  # pages left out
-
-    def position(self, token: jax.Array, page_size: int) -> jax.Array:
-        """Position of the `token`-th token of the ordinals' pages."""
-        shift = self.first * page_size
-        if self.gap is not None and self.head is not None:
-            shift = shift + jnp.where(token >= self.head * page_size, self.gap * page_size, 0)
-        return token + shift
-
-
-def span_pages(
-    q_start: jax.Array,
-    kv_start: jax.Array,
-    kv_stop: jax.Array,
-    *,
-    page_size: int,
-    rule: Rule,
-    sink_span: tuple[jax.Array, jax.Array] | None = None,
-) -> SpanPages:
-    """Pages that `kv_start <= j < kv_stop` touches and some query sees; any integer arrays.
-
-    Those of `sink_span`, of a table of sink pages, come first.
-    """
-    first = kv_start // page_size
-    pages = jnp.where(kv_stop > kv_start, pl.cdiv(kv_stop, page_size) - first, 0)
-    if sink_span is not None:
-        start, stop = sink_span
-        head = jnp.where(stop > start, pl.cdiv(stop, page_size), 0)
-        return SpanPages(jnp.zeros_like(first), head + pages, head, first - head)
-    if rule.window is None or not rule.sink_tokens:
-        return SpanPages(first, pages)
-    sink_pages = pl.cdiv(rule.sink_tokens, page_size)
-    head = jnp.minimum(jnp.maximum(sink_pages - first, 0), pages)
-    near = jnp.maximum(rule.window_start(q_start), kv_start) // page_size
-    gap = jnp.minimum(jnp.maximum(near - first - head, 0), pages - head)
-    return SpanPages(first, pages - gap, head, gap)
 
 
 def _combine_kernel(
@@ -67,8 +20,8 @@ def _combine_kernel(
     lse_ref,  # f32[parts, kv_heads, rows], base 2
     first_ref,  # i32[batch]
     count_ref,  # i32[batch]
-    old_out_ref,  # the two below: only parts are there already
-    old_out_lse_ref,
+    _old_out_ref,  # the memory of the two below, where results of only parts stand already
+    _old_out_lse_ref,
     out_ref,  # [batch, q_tokens, q_heads, head_dim]
     out_lse_ref,  # f32[batch, q_tokens, q_heads], natural
     *,

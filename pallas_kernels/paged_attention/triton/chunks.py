@@ -8,8 +8,8 @@ save work block by block, and a block of padding costs nothing.
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.paged_attention import gpu_decode
-from pallas_kernels.paged_attention.gpu_tiles import chunk_config
+from pallas_kernels.paged_attention.triton import call
+from pallas_kernels.paged_attention.triton.tiles import chunk_config
 from pallas_kernels.pages import Pages
 from pallas_kernels.rule import Rule
 from pallas_kernels.segment import Part, Queries, Segment
@@ -20,7 +20,7 @@ MOST_BLOCKS = 2**16 - 1  # CUDA's bound on a grid's second axis
 def block_tokens(group: int, head_dim: int) -> int:
     """Query tokens of a block."""
     # Outputs of wide heads would not fit into registers otherwise.
-    rows = gpu_decode.MOST_ROWS if head_dim <= 128 else gpu_decode.MOST_ROWS // 2
+    rows = call.MOST_ROWS if head_dim <= 128 else call.MOST_ROWS // 2
     return max(1, rows // group)
 
 
@@ -44,7 +44,7 @@ def paged_attention(
         start=repeat(queries.start) + first,
         lens=jnp.clip(repeat(queries.lens) - first, 0, size),
     )
-    out, lse = gpu_decode.paged_attention(
+    out, lse = call.paged_attention(
         blocks_of_queries,
         pages,
         jax.tree.map(repeat, segment),

@@ -2,18 +2,18 @@
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 
-from pallas_kernels.paged_attention.gpu_dequant import LEAST_COLUMNS, PlanesReader, Reader
-from pallas_kernels.pages import CodedPages, Pages
+from pallas_kernels.layouts.plain import Plain
+from pallas_kernels.paged_attention.triton.readers import LEAST_COLUMNS, PlanesReader, Reader
+from pallas_kernels.pages import Pages
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecodeConfig:
     """Tile sizes: they change speed, never results beyond rounding."""
 
-    block: int = 64  # tokens a step
+    block: int = 64  # tokens per step
     warps: int = 4
     stages: int = 3
     transposed: bool = False  # tokens, not query rows, on the long side of the dots
@@ -41,10 +41,10 @@ CONFIGS = {
     "two": dataclasses.replace(PLANES, early_factors=False),  # values of 2 bits
     "mixed": dataclasses.replace(PLANES, stages=2, early_factors=False),  # one side of 8 bits
 }
-# For up to 16 rows, where it was measured how many programs an SM has room for: one wave of them
-# was best, of 8-bit codes half of one. Elsewhere three waves lose less to a guess: a grid smaller
-# than the chip's room fills some SMs and leaves others idle. Room hangs on registers, the
-# compiler's choice; the stages of "exact" and "planes" make shared memory what bounds it.
+# Up to 16 rows occupancy was measured: one wave is best (half a wave for 8-bit codes). Elsewhere
+# occupancy is a guess, and three waves lose least if it is wrong: a grid smaller than the chip's
+# room fills some SMs and leaves others idle. Occupancy depends on registers, the compiler's choice;
+# with the stages of "exact" and "planes" shared memory bounds it instead.
 MEASURED = {
     "exact": dict(at_once=3, waves=1),
     "eight": dict(warps=1, transposed=True, waves=1),
@@ -54,12 +54,11 @@ MEASURED = {
 }
 # Blocks of a prompt's chunk: 128 rows in 8 warps fill an SM's registers.
 CHUNK = DecodeConfig(warps=8, mask_all=False, at_once=1, waves=1, unsplit=True)
-SMS = 132  # of an H100
 MOST_BYTES = 2**15  # of an exact block's keys and values
 
 
 def choose_config(k: Reader, v: Reader, rows: int, window: int | None = None) -> DecodeConfig:
-    """Tile sizes for a pair of readers and `rows` query rows a kv head.
+    """Tile sizes for a pair of readers and `rows` query rows per kv head.
 
     Those of the kind of codes, then what rows, head_dim and window change, then what was measured.
     """
@@ -94,7 +93,7 @@ def _block(kind: str, k: Reader, v: Reader, rows: int, window: int | None) -> in
 
 
 def _exact_bytes(*sides: Reader) -> int:
-    """Of a token's values, stored as they are read."""
+    """Bytes of a token's values, stored as they are read."""
     return sum(side.head_dim * jnp.dtype(side.dtype).itemsize for side in sides)
 
 
@@ -111,11 +110,6 @@ def _kind(k: Reader, v: Reader) -> str:
 
 
 def chunk_config(pages: Pages) -> DecodeConfig:
-    """Tile sizes for blocks of a prompt's chunk (`gpu_chunks`)."""
-    large = not isinstance(pages, CodedPages) and pages.dims["head_dim"] > 128
+    """Tile sizes for blocks of a prompt's chunk (`chunks`)."""
+    large = isinstance(pages.layout, Plain) and pages.dims["head_dim"] > 128
     return dataclasses.replace(CHUNK, block=32) if large else CHUNK
-
-
-def count_sms(interpret: bool) -> int:
-    """Of the GPU that runs the kernel; an H100's where there is none."""
-    return SMS if interpret else getattr(jax.devices()[0], "core_count", SMS)

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxkv.codecs.codec import Quantized, TensorCodec, finite_input
-from jaxkv.codecs.factors import FACTOR_DTYPES, FLOAT16_MAX, load_factor, store_factor
+from pallas_kernels.codecs.codec import Quantized, TensorCodec, finite_input
+from pallas_kernels.codecs.factors import FACTOR_DTYPES, FLOAT16_MAX, load_factor, store_factor
 
 
 @dataclass(frozen=True)

@@ -1,21 +1,21 @@
-"""Which page layout a platform reads."""
+"""Chooses the page layout that a platform's kernels read."""
 
 import functools
 
 import jax.numpy as jnp
 
-from jaxkv.codecs.codec import KVCodec
-from jaxkv.codecs.packing import PARTS
-from jaxkv.codecs.page_layout import PageLayout, is_float8
-from jaxkv.codecs.token_major import TokenMajor
-from jaxkv.codecs.tokens_last import TokensLast
-from jaxkv.codecs.tokens_on_lanes import TokensOnLanes
+from pallas_kernels.codecs.codec import KVCodec
+from pallas_kernels.layouts.packing import PARTS
+from pallas_kernels.layouts.page_layout import PageLayout, is_float8
+from pallas_kernels.layouts.token_major import TokenMajor
+from pallas_kernels.layouts.tokens_last import TokensLast
+from pallas_kernels.layouts.tokens_on_lanes import TokensOnLanes
 
 
 def default_layout(
     codec: KVCodec, *, platform: str, kv_heads: int, head_dim: int, page_size: int
 ) -> PageLayout:
-    """The layout for "cpu", "gpu" or "tpu".
+    """The layout of a lossy codec's pages for "cpu", "gpu" or "tpu".
 
     GPUs get 32-bit words of 4-bit codes from head_dim 128 on where they fit (beside float8 keys,
     too), 16-bit ones otherwise, bytes last.
@@ -28,7 +28,9 @@ def default_layout(
     kind = {"cpu": TokensLast, "tpu": TokensOnLanes}.get(platform)
     if kind is None:
         kind = functools.partial(TokenMajor, word_bits=_gpu_word_bits(codec, head_dim))
-    return kind(codec=codec, kv_heads=kv_heads, head_dim=head_dim, page_size=page_size)
+    layout = kind(codec=codec, head_dim=head_dim, page_size=page_size)
+    layout.check_waste(kv_heads)
+    return layout
 
 
 def _gpu_word_bits(codec: KVCodec, head_dim: int) -> int:

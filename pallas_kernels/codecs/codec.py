@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxkv.codecs.factors import FLOAT16_MAX, load_factor, round_to_float16
+from pallas_kernels.codecs.factors import FLOAT16_MAX, load_factor, round_to_float16
 
 INPUT_MAX = 1e30  # sums of squares of the ratio to it stay far from overflow
 SMALLEST = 1e-30  # a vector below it in every channel counts as zero: its factor would be, too

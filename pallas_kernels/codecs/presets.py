@@ -9,9 +9,9 @@ import functools
 from dataclasses import replace
 from typing import Literal
 
-from jaxkv.codecs.affine import Float8, Int8, MinMax
-from jaxkv.codecs.codec import Exact, KVCodec, TensorCodec
-from jaxkv.codecs.turboquant import TurboQuant
+from pallas_kernels.codecs.affine import Float8, Int8, MinMax
+from pallas_kernels.codecs.codec import Exact, KVCodec, TensorCodec
+from pallas_kernels.codecs.turboquant import TurboQuant
 
 SIGN_SEED = 0
 
@@ -52,6 +52,11 @@ def recipe(
         sink_tokens=sink_tokens,
         key_mean=key_mean,
     )
+
+
+def exact_codec(dtype: str) -> KVCodec:
+    """Keys and values kept in `dtype`."""
+    return same("exact", Exact(dtype))
 
 
 def same(name: str, codec: TensorCodec) -> KVCodec:

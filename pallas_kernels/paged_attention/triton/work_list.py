@@ -1,15 +1,16 @@
-"""Which pages each program attends: equal shares of all pages, whatever the sequences.
+"""Which pages each program attends: equal shares of all pages, whatever the sequences' lengths.
 
-A static number of splits a sequence leaves most of the chip idle when lengths differ; a whole
-number of them, chosen by length, still does when there are about as many sequences as programs run
-at once. Here the grid is static and what a program covers is chosen at run time, by one small
-kernel: XLA makes about ten of the same sums, and layers alike share it.
+With a fixed number of splits per sequence most of the chip idles when lengths differ. Choosing the
+number by length does not help when there are about as many sequences as programs. Here the grid is
+static and the share of each program is chosen at run time, by one small kernel: XLA would make
+about ten of the same sums. Layers that are alike share its result.
 """
 
+import dataclasses
 import functools
 import operator
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,54 +18,57 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.paged_attention.gpu_split import SpanPages
-from pallas_kernels.paged_attention.gpu_tiles import DecodeConfig
+from pallas_kernels.paged_attention.triton.span import SpanPages
+from pallas_kernels.paged_attention.triton.tiles import DecodeConfig
+from pallas_kernels.shapes import Operand
 
 TRIES = 9  # sizes of whole parts that are tried, from the even share to a sixteenth more
 SEQUENCES = 128  # looked at in one step
 PROGRAMS = 8  # whose shares one program of this kernel finds
 
 
-class WorkList(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WorkList:
     """Which pages each program attends, and where the parts of a sequence are.
 
-    The pages of all sequences stand in a row, and each program has a stretch of it. Sequences that
-    have pages are counted by `k`, in order; what program `p` finds in sequence `k` is part `p + k`:
-    from one part to the next `p` or `k` grows, so none has two owners, and those of a sequence
+    The pages of all sequences stand in a row, and each program has a stretch of it. Number the
+    non-empty sequences k = 0, 1, ... Program p stores its piece of sequence k as part p + k. Each
+    next piece raises p or k by one, so no two pieces share a number, and the pieces of a sequence
     are neighbours.
     """
 
-    low: jax.Array  # i32[programs], first page of a program's stretch
-    high: jax.Array  # i32[programs], one past its last
-    first: jax.Array  # i32[programs], first sequence `k` of the stretch
-    stop: jax.Array  # i32[programs], one past its last
-    sequence: jax.Array  # i32[batch], by `k`; unset where no sequence has that `k`
-    before: jax.Array  # i32[batch], pages of all sequences before `k`; likewise
-    first_part: jax.Array  # i32[batch]
-    part_count: jax.Array  # i32[batch], 0 for a sequence without pages
+    low: Operand  # i32[programs], first page of a program's stretch
+    high: Operand  # i32[programs], one past its last
+    first: Operand  # i32[programs], first sequence `k` of the stretch
+    stop: Operand  # i32[programs], one past its last
+    sequence: Operand  # i32[batch], by `k`; unset where no sequence has that `k`
+    before: Operand  # i32[batch], pages of all sequences before `k`; likewise
+    first_part: Operand  # i32[batch]
+    part_count: Operand  # i32[batch], 0 for a sequence without pages
 
 
 class Shares(NamedTuple):
-    """What of the shares is known when a call is traced."""
+    """Bounds on the shares, known when a call is traced."""
 
-    programs: int  # as many as are launched; the last ones may get nothing
-    fewest: int  # that fill the chip once; no more where shares would be below `good_pages`
-    good_pages: int  # from which on a program's own costs (start, merge) do not matter
-    least_pages: int  # no share is made smaller, but the last one and short sequences
+    programs: int  # launched; the last ones may get nothing
+    fewest: int  # that fill the chip once; no more get work if shares fell below `good_pages`
+    good_pages: int  # shares from which on a program's own costs (start, merge) do not matter
+    least_pages: int  # no share is smaller, except the last one and short sequences
 
 
 def choose_shares(
     config: DecodeConfig, *, batch: int, kv_heads: int, page_size: int, most_pages: int, sms: int
 ) -> Shares | None:
-    """How the pages of a kv head are shared out; None for a program a sequence.
+    """How the pages of a kv head are shared out; None for one program per sequence.
 
     Args:
       config: tile sizes.
       batch: sequences.
       kv_heads: each has as many programs as the others.
       page_size: tokens of a page.
-      most_pages: of a sequence.
-      sms: of the GPU.
+      most_pages: pages of a sequence, at most.
+      sms: streaming multiprocessors of the GPU.
     """
     at_once = config.programs or config.at_once * sms
     wanted = at_once * (1 if config.programs else config.waves)
@@ -82,8 +86,8 @@ def choose_shares(
 
 
 def plan_work(
-    scalars: dict[str, jax.Array],
-    find_span: Callable[[dict[str, Any]], SpanPages],
+    bounds,
+    find_span: Callable[..., SpanPages],
     shares: Shares,
     interpret: bool = False,
 ) -> WorkList:
@@ -93,36 +97,39 @@ def plan_work(
     begins costs it a start.
 
     Args:
-      scalars: `i32[batch]` each, what `find_span` needs.
-      find_span: the pages of a sequence, from its `scalars`.
+      bounds: a pytree of `i32[batch]`, usually `span.Bounds`.
+      find_span: the pages of a sequence, from its bounds.
       shares: how many there are to be, and how large at least.
       interpret: run on the CPU.
     """
-    [batch] = next(iter(scalars.values())).shape
+    [batch] = jax.tree.leaves(bounds)[0].shape
     programs = shares.programs
-    sizes = [programs] * 4 + [batch] * 4
-    return WorkList(
-        *pl.pallas_call(
-            functools.partial(
-                _plan_kernel, names=tuple(scalars), find_span=find_span, shares=shares
-            ),
-            out_shape=[jax.ShapeDtypeStruct((size,), jnp.int32) for size in sizes],
-            grid=(max(pl.cdiv(programs, PROGRAMS), pl.cdiv(batch, SEQUENCES)),),
-            compiler_params=plgpu.CompilerParams(num_warps=1, num_stages=1),
-            interpret=interpret,
-            name="plan_work",
-        )(*scalars.values())
-    )
+    integers = lambda size: jax.ShapeDtypeStruct((size,), jnp.int32)
+    return pl.pallas_call(
+        functools.partial(_plan_kernel, find_span=find_span, shares=shares),
+        out_shape=WorkList(
+            low=integers(programs),
+            high=integers(programs),
+            first=integers(programs),
+            stop=integers(programs),
+            sequence=integers(batch),
+            before=integers(batch),
+            first_part=integers(batch),
+            part_count=integers(batch),
+        ),
+        grid=(max(pl.cdiv(programs, PROGRAMS), pl.cdiv(batch, SEQUENCES)),),
+        compiler_params=plgpu.CompilerParams(num_warps=1, num_stages=1),
+        interpret=interpret,
+        name="plan_work",
+    )(bounds)
 
 
-def _plan_kernel(*refs, names, find_span, shares: Shares):
+def _plan_kernel(bounds, out: WorkList, *, find_span, shares: Shares):
     """The shares of `PROGRAMS` programs and the parts of `SEQUENCES` sequences.
 
     Every program of this kernel goes through all sequences: nothing waits for another's sums.
     """
-    scalars = dict(zip(names, refs, strict=False))
-    out: dict[str, Any] = dict(zip(WorkList._fields, refs[len(names) :], strict=True))
-    [batch] = out["sequence"].shape
+    [batch] = out.sequence.shape
 
     def fold(step, init):
         """Folds `step(sequences, their pages, state)` over chunks of them."""
@@ -131,7 +138,7 @@ def _plan_kernel(*refs, names, find_span, shares: Shares):
         def load(chunk, state):
             b = chunk * rows + jnp.arange(rows, dtype=jnp.int32)
             at = jnp.minimum(b, batch - 1)
-            pages = find_span({name: ref[at] for name, ref in scalars.items()}).pages
+            pages = find_span(jax.tree.map(lambda ref: ref[at], bounds)).pages
             return step(b, jnp.where(b < batch, pages, 0), state)
 
         chunks = pl.cdiv(batch, rows)
@@ -157,10 +164,10 @@ def _plan_kernel(*refs, names, find_span, shares: Shares):
         parts = jnp.where(is_whole, whole_parts, even_parts)
 
         mine = (b < batch) & (lax.div(b, jnp.int32(SEQUENCES)) == i)
-        _put(out["first_part"], b, program + rank, mine)
-        _put(out["part_count"], b, parts, mine)
-        _put(out["sequence"], rank, b, mine & (used > 0))
-        _put(out["before"], rank, begin, mine & (used > 0))
+        _put(out.first_part, b, program + rank, mine)
+        _put(out.part_count, b, parts, mine)
+        _put(out.sequence, rank, b, mine & (used > 0))
+        _put(out.before, rank, begin, mine & (used > 0))
 
         # A program's whole part: sums with one term, that of the sequence it lies in.
         inside = (program[None] <= p[:, None]) & (p[:, None] < (program + parts)[None])
@@ -183,7 +190,7 @@ def _plan_kernel(*refs, names, find_span, shares: Shares):
     whole = dict(low=edge(p - program), high=edge(p - program + 1), first=rank, stop=rank + 1)
     for name, of_even in dict(low=low, high=high, first=first, stop=stop).items():
         of_whole = jnp.where(parts > 0, whole[name], 0)
-        _put(out[name], p, jnp.where(is_whole, of_whole, of_even), p < shares.programs)
+        _put(getattr(out, name), p, jnp.where(is_whole, of_whole, of_even), p < shares.programs)
 
 
 def _whole_size(fold, even, programs: int):

@@ -13,7 +13,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.backends import interpreted
-from pallas_kernels.pages import CodedPages, ExactPages, Pages
+from pallas_kernels.layouts.plain import Plain
+from pallas_kernels.pages import Pages
 
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -34,32 +35,29 @@ FEW = WriteConfig(tokens=1, columns=512, warps=1)
 MANY = WriteConfig(tokens=8, columns=512, warps=4)
 
 
-def refusal(pages: Pages, *, platform: str | None = None) -> str | None:
+def refusal(pages: Pages) -> str | None:
     """Why this backend does not serve such pages, in words; None if it does.
 
     Args:
       pages: shapes and dtypes are enough.
-      platform: "cpu", "gpu" or "tpu"; None asks JAX.
     """
-    platform = platform or jax.default_backend()
-    if platform != "gpu" and not interpreted():
-        return f"backend='gpu' needs an NVIDIA GPU, and JAX runs on {platform!r}"
-    if isinstance(pages, CodedPages):
+    if not isinstance(pages.layout, Plain):
         return f"{pages.layout.codec.name}: the GPU kernel writes exact pages, not codes"
-    for pool in (pages.k, pages.v):
+    k, v = pages.arrays["k"], pages.arrays["v"]
+    for pool in (k, v):
         if pool.dtype not in DTYPES:
             return f"{pool.dtype} pages: the GPU kernel writes {DTYPES}"
-    if pages.k.dtype != pages.v.dtype:
-        return f"{pages.k.dtype} keys, {pages.v.dtype} values: the GPU kernel writes one dtype"
+    if k.dtype != v.dtype:
+        return f"{k.dtype} keys, {v.dtype} values: the GPU kernel writes one dtype"
     return None
 
 
-def write_pages(pages, k, v, *, layer, page, slot, writes) -> ExactPages:
+def write_pages(pages: Pages, k, v, *, layer, page, slot, writes) -> Pages:
     """See `api.write_pages`."""
     tokens = writes.size
-    # One operand: what computes keys (their rotation) makes a copy of the values beside, where two
-    # operands would take a kernel each.
-    kv = jnp.stack([x.reshape(tokens, -1).astype(pages.k.dtype) for x in (k, v)])
+    pools = (pages.arrays["k"], pages.arrays["v"])
+    # As one operand, XLA's rotation fusion also writes the values; as two, they cost a launch each.
+    kv = jnp.stack([x.reshape(tokens, -1).astype(pools[0].dtype) for x in (k, v)])
     config = FEW if tokens <= FEW_TOKENS else MANY
     columns = min(config.columns, pl.next_power_of_2(kv.shape[2]))
     inputs = (
@@ -68,7 +66,6 @@ def write_pages(pages, k, v, *, layer, page, slot, writes) -> ExactPages:
         slot.reshape(-1),
         kv,
     )
-    pools = (pages.k, pages.v)
     new_k, new_v = pl.pallas_call(
         functools.partial(_kernel, tile=(config.tokens, columns)),
         out_shape=[jax.ShapeDtypeStruct(pool.shape, pool.dtype) for pool in pools],
@@ -78,7 +75,7 @@ def write_pages(pages, k, v, *, layer, page, slot, writes) -> ExactPages:
         interpret=interpreted(),
         name="write_pages",
     )(*inputs, *pools)
-    return ExactPages(k=new_k, v=new_v)
+    return dataclasses.replace(pages, arrays={"k": new_k, "v": new_v})
 
 
 def _kernel(

@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxkv.codecs.codebooks import Codebook, get_codebook
-from jaxkv.codecs.codec import SMALLEST, Quantized, TensorCodec, finite_input
-from jaxkv.codecs.factors import FACTOR_DTYPES, store_factor
-from jaxkv.codecs.rotation import channel_signs, rotate, unrotate
+from pallas_kernels.codecs.codebooks import Codebook, get_codebook
+from pallas_kernels.codecs.codec import SMALLEST, Quantized, TensorCodec, finite_input
+from pallas_kernels.codecs.factors import FACTOR_DTYPES, store_factor
+from pallas_kernels.codecs.rotation import channel_signs, rotate, unrotate
 
 # With 1, so that search can only gain. 12 of them take 4.5 % more off the 4-bit error than 8
 # from 0.84 to 1.13; 64 would take 1.5 % more.

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxkv.codecs.codec import Exact, Quantized, TensorCodec
-from jaxkv.codecs.packing import (
+from pallas_kernels.codecs.codec import Exact, Quantized, TensorCodec
+from pallas_kernels.layouts.packing import (
     PARTS,
     check_packable,
     pack_float16_pairs,
@@ -15,7 +15,7 @@ from jaxkv.codecs.packing import (
     unpack_float16_pairs,
     unpack_runs,
 )
-from jaxkv.codecs.page_layout import Arrays, PageLayout
+from pallas_kernels.layouts.page_layout import Arrays, PageLayout
 
 LANES = 128
 _SUBLANES = 8  # rows of a 32-bit tile
@@ -44,28 +44,35 @@ class TokensOnLanes(PageLayout):
         if not isinstance(key, Exact):
             for tensor in (key, value):
                 check_packable(self.head_dim, tensor.bits, 32)
-        self._check_waste()
 
-    @property
-    def arrays(self) -> dict[str, jax.ShapeDtypeStruct]:
+    def arrays(self, kv_heads: int) -> dict[str, jax.ShapeDtypeStruct]:
         exact = isinstance(self.codec.key, Exact)
         dtype = self.codec.key.codes_dtype if exact else jnp.dtype("uint32")
-        rows = self.kv_heads * sum(self._code_rows)
+        rows = kv_heads * sum(self._code_rows)
         arrays = {"codes": jax.ShapeDtypeStruct((tile_rows(rows, dtype), LANES), dtype)}
         if self._meta_rows:
-            rows = tile_rows(self.kv_heads * self._meta_rows, jnp.dtype("uint32"))
+            rows = tile_rows(kv_heads * self._meta_rows, jnp.dtype("uint32"))
             arrays["meta"] = jax.ShapeDtypeStruct((rows, LANES), jnp.dtype("uint32"))
         return arrays
 
+    def kv_heads(self, arrays: Arrays) -> int:
+        # Padding is less than the rows of one head wherever `check_waste` allows it.
+        return arrays["codes"].shape[-2] // sum(self._code_rows)
+
+    @property
+    def head_axes(self) -> dict[str, int]:
+        return dict.fromkeys(self.arrays(1), -2)  # whole heads of rows
+
     @property
     def token_axes(self) -> dict[str, int]:
-        return dict.fromkeys(self.arrays, -1)
+        return dict.fromkeys(self.arrays(1), -1)
 
     def pack(self, key: Quantized, value: Quantized) -> Arrays:
         rows = jnp.concatenate(
             [_words(self.codec.key, key.codes), _words(self.codec.value, value.codes)], axis=-1
         )  # [..., kv_heads, tokens, rows of a head]
-        shape = self.arrays["codes"]
+        shapes = self.arrays(rows.shape[-3])
+        shape = shapes["codes"]
         rows_first = self._rows_first(rows, shape.shape[0])
         arrays = {"codes": jax.lax.bitcast_convert_type(rows_first, shape.dtype)}
         if self._meta_rows:
@@ -75,18 +82,19 @@ class TokensOnLanes(PageLayout):
             ]
             zeros = [*key.factors[1:], *value.factors[1:]]
             meta += [pack_float16_pairs(*zeros)] if zeros else []
-            arrays["meta"] = self._rows_first(jnp.stack(meta, -1), self.arrays["meta"].shape[0])
+            arrays["meta"] = self._rows_first(jnp.stack(meta, -1), shapes["meta"].shape[0])
         return arrays
 
     def unpack(self, arrays: Arrays) -> tuple[Quantized, Quantized]:
         key, value = self.codec.key, self.codec.value
         codes = arrays["codes"]
         codes = jax.lax.bitcast_convert_type(codes, _integer(codes.dtype))
-        rows = self._rows_last(codes, sum(self._code_rows))
+        kv_heads = self.kv_heads(arrays)
+        rows = self._rows_last(codes, sum(self._code_rows), kv_heads)
         key_rows, value_rows = jnp.split(rows, [self._code_rows[0]], axis=-1)
         key_factors, value_factors = (), ()
         if self._meta_rows:
-            meta = self._rows_last(arrays["meta"], self._meta_rows)
+            meta = self._rows_last(arrays["meta"], self._meta_rows, kv_heads)
             low, high = ([*t.factor_dtypes, jnp.dtype("float16")][0] for t in (key, value))
             low, high = unpack_float16_pairs(meta[..., 0], low, high)
             key_factors = (low,) if key.factor_dtypes else ()
@@ -122,10 +130,10 @@ class TokensOnLanes(PageLayout):
         pad = [(0, 0)] * (rows.ndim - 2) + [(0, padded - rows.shape[-2]), (0, 0)]
         return jnp.pad(rows, pad)
 
-    def _rows_last(self, rows, per_head):
+    def _rows_last(self, rows, per_head, kv_heads):
         """Inverse of `_rows_first`."""
-        rows = rows[..., : self.kv_heads * per_head, :]
-        rows = rows.reshape(*rows.shape[:-2], self.kv_heads, per_head, rows.shape[-1])
+        rows = rows[..., : kv_heads * per_head, :]
+        rows = rows.reshape(*rows.shape[:-2], kv_heads, per_head, rows.shape[-1])
         return jnp.swapaxes(rows, -1, -2)
 
 

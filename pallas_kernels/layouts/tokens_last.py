@@ -6,9 +6,9 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from jaxkv.codecs.codec import Quantized, TensorCodec
-from jaxkv.codecs.packing import PARTS, check_packable, pack_planes, unpack_planes
-from jaxkv.codecs.page_layout import Arrays, PageLayout, same_bits, stored_dtype
+from pallas_kernels.codecs.codec import Quantized, TensorCodec
+from pallas_kernels.layouts.packing import PARTS, check_packable, pack_planes, unpack_planes
+from pallas_kernels.layouts.page_layout import Arrays, PageLayout, same_bits, stored_dtype
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,24 +27,27 @@ class TokensLast(PageLayout):
             if tensor.bits in (2, 3, 4):
                 check_packable(self.head_dim, tensor.bits, 8)
 
-    @property
-    def arrays(self) -> dict[str, jax.ShapeDtypeStruct]:
+    def arrays(self, kv_heads: int) -> dict[str, jax.ShapeDtypeStruct]:
         arrays = {}
         for side, tensor in (("k", self.codec.key), ("v", self.codec.value)):
             for name, width in zip(("codes", "high"), PARTS.get(tensor.bits, (0,)), strict=False):
                 packed = tensor.bits in (2, 3, 4)
                 rows = self.head_dim * width // 8 if packed else self.head_dim
                 dtype = jnp.dtype("uint8") if packed else stored_dtype(tensor)
-                shape = (self.kv_heads, rows, self.page_size)
+                shape = (kv_heads, rows, self.page_size)
                 arrays[f"{side}_{name}"] = jax.ShapeDtypeStruct(shape, dtype)
             if dtypes := tensor.factor_dtypes:
-                shape = (len(dtypes), self.kv_heads, self.page_size)
+                shape = (len(dtypes), kv_heads, self.page_size)
                 arrays[f"{side}_factors"] = jax.ShapeDtypeStruct(shape, dtypes[0])
         return arrays
 
     @property
     def token_axes(self) -> dict[str, int]:
-        return dict.fromkeys(self.arrays, -1)
+        return dict.fromkeys(self.arrays(1), -1)
+
+    @property
+    def head_axes(self) -> dict[str, int]:
+        return {name: -2 if name.endswith("factors") else -3 for name in self.arrays(1)}
 
     def pack(self, key: Quantized, value: Quantized) -> Arrays:
         arrays = {}
@@ -70,7 +73,7 @@ class TokensLast(PageLayout):
     def gather(
         self, arrays: Arrays, layer: int | jax.Array, page: jax.Array
     ) -> tuple[Quantized, Quantized]:
-        head = jnp.arange(self.kv_heads, dtype=jnp.int32)[None, :, None]
+        head = jnp.arange(self.kv_heads(arrays), dtype=jnp.int32)[None, :, None]
         gathered = {}
         for name, pool in arrays.items():
             if name.endswith("factors"):

@@ -6,7 +6,6 @@ define: rotation by a dot with the matrix, code search, factors, the page's mean
 
 import dataclasses
 import functools
-from typing import TYPE_CHECKING, cast
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +13,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.backends import interpreted
-from pallas_kernels.gpu_rotation import sign_matrix, times_signs
-from pallas_kernels.pages import CodedPages, ExactPages
-
-if TYPE_CHECKING:
-    from jaxkv.codecs import TokenMajor
+from pallas_kernels.codecs.codec import KVCodec, TensorCodec
+from pallas_kernels.codecs.turboquant import TurboQuant
+from pallas_kernels.layouts.token_major import TokenMajor
+from pallas_kernels.pages import Pages
+from pallas_kernels.shapes import Operand
+from pallas_kernels.triton.rotation import sign_matrix, times_signs
 
 WARPS = 8
 # Programs to start: each takes 2 ns even if nothing is wanted, and a few hundred run at once, so
@@ -28,17 +28,14 @@ PAGE_SIZES = (16, 32, 64, 128)
 HEAD_DIMS = (64, 128, 256)
 
 
-def refusal(coded: CodedPages, *, platform: str | None = None) -> str | None:
+def refusal(coded: Pages) -> str | None:
     """Why this backend does not serve such pages, in words; None if it does."""
-    platform = platform or jax.default_backend()
-    if platform != "gpu" and not interpreted():
-        return f"backend='gpu' needs an NVIDIA GPU, and JAX runs on {platform!r}"
     layout, dims = coded.layout, coded.dims
     if dims["head_dim"] not in HEAD_DIMS:
         return f"head_dim={dims['head_dim']}: the GPU kernel quantizes {HEAD_DIMS}"
     if dims["page_size"] not in PAGE_SIZES:
         return f"page_size={dims['page_size']}: the GPU kernel quantizes {PAGE_SIZES}"
-    if not hasattr(layout, "factor_words"):  # its class lies above the kernels
+    if not isinstance(layout, TokenMajor):
         return f"{type(layout).__name__}: the GPU kernel writes TokenMajor pages"
     for tensor in (layout.codec.key, layout.codec.value):
         if jnp.issubdtype(tensor.codes_dtype, jnp.floating):
@@ -51,101 +48,136 @@ def refusal(coded: CodedPages, *, platform: str | None = None) -> str | None:
     return None
 
 
-def quantize_pages(
-    coded: CodedPages, exact: ExactPages, *, layer, source, target, wanted
-) -> CodedPages:
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """Read by the kernel; None where a codec has no use for an array."""
+
+    layer: Operand  # i32[1], the first layer
+    source: Operand  # i32[n], page ids
+    target: Operand  # i32[n]
+    wanted: Operand  # i32[turns, lanes], entry `turn * lanes + lane` of the list; 0 for no
+    k: Operand  # [layers, pages, kv_heads, page_size, head_dim]
+    v: Operand  # like k
+    k_rotation: Operand | None  # bf16[head_dim, head_dim], +-1
+    v_rotation: Operand | None  # like k_rotation
+    pre_scales: Operand  # f32[trials], tried by the code search
+    static_mean: Operand | None  # f16[layers, 1, kv_heads, head_dim]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pools:
+    """Written in place."""
+
+    arrays: dict[str, Operand]  # by the layout's names, each [layers, pages, ...]
+    page_mean: Operand | None  # f16[layers, pages, kv_heads, head_dim]
+
+
+def quantize_pages(coded: Pages, exact: Pages, *, layer, source, target, wanted) -> Pages:
     """See `api.quantize_pages`."""
-    codec, head_dim = coded.layout.codec, coded.dims["head_dim"]
+    layout = coded.layout
+    assert isinstance(layout, TokenMajor)
+    codec = layout.codec
     layers = coded.dims["layers"] if layer is None else 1
     n = source.shape[0]
     lanes = min(n, max(1, PROGRAMS // (layers * coded.dims["kv_heads"])))
     turns = pl.next_power_of_2(pl.cdiv(n, lanes))  # of a lane; Triton knows no other sizes
-    inputs = dict(
+    per_page = codec.key_mean == "page"
+    inputs = Inputs(
         layer=jnp.asarray(0 if layer is None else layer, jnp.int32).reshape(1),
         source=source,
         target=target,
         wanted=jnp.pad(wanted.astype(jnp.int32), (0, turns * lanes - n)).reshape(turns, lanes),
-        k=exact.k,
-        v=exact.v,
+        k=exact.arrays["k"],
+        v=exact.arrays["v"],
+        k_rotation=_rotation(codec.key, layout.head_dim),
+        v_rotation=_rotation(codec.value, layout.head_dim),
+        pre_scales=jnp.asarray(_pre_scales(codec), jnp.float32),
+        static_mean=None if per_page else coded.key_mean,
     )
-    for side, tensor in (("k", codec.key), ("v", codec.value)):
-        if tensor.rotated:
-            matrix = sign_matrix(tensor.rotate, head_dim)
-            assert matrix is not None, f"{head_dim=} is a power of two"
-            inputs[f"{side}_rotation"] = matrix
-    inputs["pre_scales"] = jnp.asarray(_pre_scales(codec), jnp.float32)
-    pools = dict(coded.arrays)
-    if coded.key_mean is not None:  # a page's is written, a static one only read
-        (pools if codec.key_mean == "page" else inputs)["key_mean"] = coded.key_mean
-    names = (*inputs, *(f"old_{name}" for name in pools), *pools)
-    out = pl.pallas_call(
-        functools.partial(_kernel, names=names, layout=cast("TokenMajor", coded.layout)),
-        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in pools.values()],
-        input_output_aliases={len(inputs) + i: i for i in range(len(pools))},
+    pools = Pools(arrays=coded.arrays, page_mean=coded.key_mean if per_page else None)
+    first, count = len(jax.tree.leaves(inputs)), len(jax.tree.leaves(pools))
+    new = pl.pallas_call(
+        functools.partial(_kernel, layout=layout),
+        out_shape=jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), pools),
+        input_output_aliases={first + i: i for i in range(count)},
         grid=(coded.dims["kv_heads"], layers, lanes),
         compiler_params=plgpu.CompilerParams(num_warps=WARPS, num_stages=1),
         interpret=interpreted(),
         name="quantize_pages",
-    )(*inputs.values(), *pools.values())
-    new = dict(zip(pools, out, strict=True))
-    key_mean = new.pop("key_mean", coded.key_mean)
-    return dataclasses.replace(coded, arrays=new, key_mean=key_mean)
+    )(inputs, pools)
+    key_mean = new.page_mean if per_page else coded.key_mean
+    return dataclasses.replace(coded, arrays=new.arrays, key_mean=key_mean)
 
 
-def _pre_scales(codec) -> tuple[float, ...]:
-    """What either side's search tries; both try the same."""
-    return next((t.pre_scales for t in (codec.key, codec.value) if t.rotated and t.search), (1.0,))
+def _rotation(tensor: TensorCodec, head_dim: int) -> jax.Array | None:
+    """A codec's rotation as a matrix of signs; None for a codec that does not rotate."""
+    if not tensor.rotated:
+        return None
+    matrix = sign_matrix(tensor.rotate, head_dim)
+    assert matrix is not None, f"{head_dim=} is a power of two"
+    return matrix
 
 
-def _kernel(*args, names, layout: "TokenMajor"):
-    refs = dict(zip(names, args, strict=True))
-    layer, h = refs["layer"][0] + pl.program_id(1), pl.program_id(0)
-    lane, lanes = pl.program_id(2), refs["wanted"].shape[1]
+def _pre_scales(codec: KVCodec) -> tuple[float, ...]:
+    """The scales that either side's search tries; both try the same."""
+    sides = (codec.key, codec.value)
+    searched = (t.pre_scales for t in sides if isinstance(t, TurboQuant) and t.search)
+    return next(searched, (1.0,))
+
+
+def _kernel(inputs: Inputs, _old: Pools, pools: Pools, *, layout: TokenMajor):
+    layer, h = inputs.layer[0] + pl.program_id(1), pl.program_id(0)
+    lane, lanes = pl.program_id(2), inputs.wanted.shape[1]
 
     def visit(turn, _):
         i = turn * lanes + lane
-        pl.when(refs["wanted"][turn, lane] != 0)(lambda: _quantize_page(refs, layout, layer, h, i))
+        quantize = lambda: _quantize_page(inputs, pools, layout, layer, h, i)
+        pl.when(inputs.wanted[turn, lane] != 0)(quantize)
 
-    @pl.when(jnp.max(refs["wanted"][:, lane]) != 0)  # one load; the loop waits for each
+    @pl.when(jnp.max(inputs.wanted[:, lane]) != 0)  # one load; the loop waits for each
     def _():
-        jax.lax.fori_loop(0, refs["wanted"].shape[0], visit, None)
+        jax.lax.fori_loop(0, inputs.wanted.shape[0], visit, None)
 
 
-def _quantize_page(refs, layout: "TokenMajor", layer, h, i):
+def _quantize_page(inputs: Inputs, pools: Pools, layout: TokenMajor, layer, h, i):
     """Entry `i` of the list, for one layer and kv head."""
-    source, target = refs["source"][i], refs["target"][i]
+    source, target = inputs.source[i], inputs.target[i]
     codec = layout.codec
-    k = refs["k"][layer, source, h]  # [page_size, head_dim]
+    k = inputs.k[layer, source, h]  # [page_size, head_dim]
     mean = None
     if codec.key_mean is not None:
-        matrix = refs["k_rotation"][...].astype(jnp.float32) * k.shape[1] ** -0.5
-        if codec.key_mean == "page":
+        assert inputs.k_rotation is not None
+        matrix = inputs.k_rotation[...].astype(jnp.float32) * k.shape[1] ** -0.5
+        if pools.page_mean is not None:
             rotated = codec.key_page_mean(
                 k, lambda x: jnp.sum(x.astype(jnp.float32)[:, None] * matrix, axis=0)
             )
-            refs["key_mean"][layer, target, h] = rotated
+            pools.page_mean[layer, target, h] = rotated
         else:
-            rotated = refs["key_mean"][layer, 0, h]
+            assert inputs.static_mean is not None
+            rotated = inputs.static_mean[layer, 0, h]
         mean = jnp.sum(rotated.astype(jnp.float32)[None, :] * matrix, axis=1)[None, :]
+    sides = (
+        ("k", codec.key, k, mean, inputs.k_rotation),
+        ("v", codec.value, inputs.v[layer, source, h], None, inputs.v_rotation),
+    )
     factors = []
-    for side, tensor, x, own in (
-        ("k", codec.key, k, mean),
-        ("v", codec.value, refs["v"][layer, source, h], None),
-    ):
-        rotation = refs.get(f"{side}_rotation")
-        codes, own_factors = _quantize(tensor, x, own, rotation, refs["pre_scales"])
+    for side, tensor, x, own, rotation in sides:
+        codes, own_factors = _quantize(tensor, x, own, rotation, inputs.pre_scales)
         factors.append(own_factors)
         shift = 0
         for name in (f"{side}_codes", f"{side}_high"):
-            if name not in refs:
+            if name not in pools.arrays:
                 continue
-            words = refs[name]
+            words = pools.arrays[name]
             width = words.shape[-1] * words.dtype.itemsize * 8 // codes.shape[-1]
             packed = _pack(codes >> shift, width, words.shape[-1])
             words[layer, target, h] = packed.astype(words.dtype)
             shift += width
     for (name, row), word in layout.factor_words(*factors).items():
-        refs[name][layer, target, row, h] = word
+        pools.arrays[name][layer, target, row, h] = word
 
 
 def _quantize(tensor, x, mean, rotation, pre_scales):

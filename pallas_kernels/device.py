@@ -1,0 +1,21 @@
+"""Facts about the device that a program is compiled for, asked of JAX in one place."""
+
+import jax
+
+H100_SMS = 132  # assumed where JAX sees no GPU
+
+
+def current_platform(named: str | None = None) -> str:
+    """The named platform, or JAX's default: "cpu", "gpu" or "tpu"."""
+    return named or jax.default_backend()
+
+
+def count_sms() -> int:
+    """Streaming multiprocessors of the GPU; an H100's where there is none."""
+    return getattr(jax.devices()[0], "core_count", H100_SMS)
+
+
+def converts_float8() -> bool:
+    """Whether the GPU has an instruction from e4m3 to float16: from Ada and Hopper on."""
+    capability = str(getattr(jax.devices()[0], "compute_capability", ""))
+    return "." in capability and tuple(map(int, capability.split("."))) >= (8, 9)

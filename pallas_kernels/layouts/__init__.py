@@ -1,0 +1,1 @@
+"""Layouts: how one page of a codec's codes and factors lies in memory."""

@@ -1,0 +1,61 @@
+"""Orientation of the tiles of scores and outputs, and the rows that a program computes."""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True)
+class Axes:
+    """Tiles of scores and outputs: rows of queries by tokens (or dims), or `transposed`."""
+
+    transposed: bool
+
+    @property
+    def tokens(self) -> int:
+        return 0 if self.transposed else 1
+
+    def by_row(self, x):
+        return x[None, :] if self.transposed else x[:, None]
+
+    def by_token(self, x):
+        return x[:, None] if self.transposed else x[None, :]
+
+    def scores(self, k, q):
+        """Of keys `[tokens, columns]` and queries `[rows, columns]`."""
+        return dot(k, q.T) if self.transposed else dot(q, k.T)
+
+    def outputs(self, p, v):
+        """Of probabilities and values in this orientation."""
+        return dot(v, p) if self.transposed else dot(p, v)
+
+    def shape(self, rows, n):
+        return (n, rows) if self.transposed else (rows, n)
+
+    # Sums over tokens. Where several warps share a row's tokens, adding these up is a trip through
+    # shared memory. So each place of a block keeps its own sum, and one trip at the end is enough.
+
+    def no_sum(self, rows, block):
+        return jnp.zeros((rows,) if self.transposed else (rows, block), jnp.float32)
+
+    def add(self, total, shrink, x):
+        if self.transposed:
+            return total * shrink + jnp.sum(x, axis=0)
+        return total * shrink[:, None] + x
+
+    def total(self, total):
+        return total if self.transposed else jnp.sum(total, axis=1)
+
+
+def dot(a, b):
+    """Product with float32 sums; of float32 operands in full precision."""
+    precision = "highest" if a.dtype == jnp.float32 else None
+    return jnp.dot(a, b, precision=precision, preferred_element_type=jnp.float32)
+
+
+def row_index(rows: int, *, group: int, q_tokens: int):
+    """Query token and head of a kv head's rows; padding rows repeat the last one."""
+    row = jnp.minimum(jnp.arange(rows, dtype=jnp.int32), group * q_tokens - 1)
+    if q_tokens == 1:
+        return jnp.zeros_like(row), row
+    return row // group, row % group

@@ -1,0 +1,50 @@
+"""Static facts of a call that its kernels share, beside the tile sizes."""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from pallas_kernels.layouts.token_major import FactorPlace
+from pallas_kernels.paged_attention.triton.readers import Reader
+from pallas_kernels.paged_attention.triton.span import Bounds, SpanPages, span_pages
+from pallas_kernels.rule import Rule
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """What a call reads, and by which rule."""
+
+    k: Reader
+    v: Reader
+    k_factors: tuple[FactorPlace, ...]
+    v_factors: tuple[FactorPlace, ...]
+    page_size: int
+    group: int  # query heads per kv head
+    q_tokens: int
+    score_scale: float  # of scores, log2(e) included, as far as q does not hold it already
+    rule: Rule
+    sink_pages: int  # slots of the table before the ring's
+    soft_cap: float | None
+    asm: bool  # compiled for a GPU, with inline PTX; not interpreted
+
+    @property
+    def rows(self) -> int:
+        """Query rows of a kv head."""
+        return self.group * self.q_tokens
+
+    @property
+    def masks_rows(self) -> bool:
+        """Whether rows see different keys of a span."""
+        return self.rule.needs_mask(self.q_tokens)
+
+    def find_span(self, bounds: Bounds) -> SpanPages:
+        """Pages that some query of a sequence sees."""
+        return span_pages(bounds, self.rule, self.page_size)
+
+    def table_slot(self, logical, table_ref):
+        """Where the table has a logical page: sink pages stand before the ring."""
+        width = table_ref.shape[1]
+        if not self.sink_pages:
+            return logical % width
+        ring = self.sink_pages + logical % (width - self.sink_pages)
+        return jnp.where(logical < self.sink_pages, logical, ring)
