@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,7 +12,12 @@ from jaxkv.codecs import get_codec
 from jaxkv.codecs.affine import Int8, MinMax
 from jaxkv.codecs.codec import KVCodec
 from jaxkv.codecs.turboquant import TurboQuant
-from tests.pallas_kernels.paged_attention.paged_cases import LAYERS
+from tests.pallas_kernels.paged_attention.paged_cases import (
+    KERNEL_STATIC,
+    LAYERS,
+    call_kernel,
+    on_the_device,
+)
 from tests.pallas_kernels.paged_attention.triton.kernel_cases import (
     TRANSPOSED,
     assert_close,
@@ -66,17 +72,20 @@ def test_shapes(codec, shape, interpret):
 
 
 def test_one_mean_serves_all_pages(interpret):
+    """Bit by bit, so both programs are compiled as users' are."""
     case = make_case("tq4", lengths=(1, 150))
     shape = case.pages.key_mean.shape
     rng = np.random.default_rng(1)
     one = jnp.asarray(rng.standard_normal((LAYERS, 1, *shape[2:])), jnp.float16)
-    means = (one, jnp.broadcast_to(one, shape))
-    got, want = (
-        dataclasses.replace(case, pages=dataclasses.replace(case.pages, key_mean=x)).attend_kernel(
-            interpret=interpret
-        )
-        for x in means
-    )
+    attend = jax.jit(call_kernel, static_argnames=KERNEL_STATIC)
+
+    def attend_with(means):
+        pages = dataclasses.replace(case.pages, key_mean=means)
+        arguments = dataclasses.replace(case, pages=pages).arguments
+        with on_the_device():
+            return attend(*arguments, config=None, interpret=interpret)
+
+    got, want = attend_with(one), attend_with(jnp.broadcast_to(one, shape))
     np.testing.assert_array_equal(got[0], want[0])
 
 
