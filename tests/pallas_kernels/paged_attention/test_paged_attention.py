@@ -9,104 +9,24 @@ import numpy as np
 import pytest
 
 from pallas_kernels.backends import choose_backend
-from pallas_kernels.dense_attention import dense_attention
-from pallas_kernels.paged_attention import paged_attention
 from pallas_kernels.pages import ExactPages
-from pallas_kernels.rule import Rule
-from pallas_kernels.segment import Queries, Segment, add_learned_sink
 from tests.helpers import TOLERANCE
+from tests.pallas_kernels.paged_attention import paged_cases
+from tests.pallas_kernels.paged_attention.paged_cases import LAYER
 
-PAGE, LAYERS, LAYER, KV_HEADS, GROUP, HEAD_DIM = 8, 3, 1, 2, 3, 20
+PAGE, KV_HEADS, GROUP = 8, 2, 3
 LENGTHS = (1, PAGE - 1, PAGE, PAGE + 1, 45)
 
 
-# The GPU kernel has test_gpu_decode.py: it serves a few query tokens and other shapes.
+# The GPU kernel has a folder of its own: it serves other shapes.
 @pytest.fixture(params=("xla", "reference"))
 def backend(request):
     return request.param
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Case:
-    """Arguments of the op; beside them the same keys and values in a row."""
-
-    q: jax.Array
-    k_pages: jax.Array
-    v_pages: jax.Array
-    page_table: jax.Array
-    where: dict[str, jax.Array]  # q_start, q_lens, kv_start, kv_stop
-    k: jax.Array  # [batch, tokens, kv_heads, head_dim]
-    v: jax.Array
-
-    def attend(self, *, layer=LAYER, window=None, sink_tokens=0, sink_logits=None, **options):
-        where = self.where
-        part = paged_attention(
-            Queries(self.q, where["q_start"], where["q_lens"]),
-            ExactPages(k=self.k_pages, v=self.v_pages),
-            Segment(self.page_table, where["kv_start"], where["kv_stop"]),
-            Rule(window=window, sink_tokens=sink_tokens),
-            layer=layer,
-            scale=0.2,
-            **options,
-        )
-        return part if sink_logits is None else add_learned_sink(part, sink_logits)
-
-    def dense(self, *, window=None, sink_tokens=0, **options):
-        start, count, first, stop = (
-            self.where[name][:, None] for name in ("q_start", "q_lens", "kv_start", "kv_stop")
-        )
-        row = jnp.arange(self.q.shape[1], dtype=jnp.int32)[None]
-        j = jnp.arange(self.k.shape[1], dtype=jnp.int32)[None]
-        q_position = jnp.where(row < count, start + row, -1)
-        k_position = jnp.where((j >= first) & (j < stop), j, -1)
-        rule = Rule(window=window, sink_tokens=sink_tokens)
-        return dense_attention(
-            self.q, self.k, self.v, q_position, k_position, scale=0.2, rule=rule, **options
-        )
-
-
-def make_case(
-    lengths=LENGTHS, *, q_lens=None, kv_start=None, width=7, dtype="float32", poison=np.nan, seed=0
-):
-    """A case whose pages are shuffled, with `poison` wherever no token of a segment stands.
-
-    Args:
-      lengths: `kv_stop` of each sequence; its queries are the newest tokens.
-      q_lens: query tokens of each; None for one.
-      kv_start: first position of each segment; None for 0.
-      width: slots of the page table, a ring.
-    """
-    rng = np.random.default_rng(seed)
-    q_lens = (1,) * len(lengths) if q_lens is None else q_lens
-    kv_start = (0,) * len(lengths) if kv_start is None else kv_start
-    batch, tokens = len(lengths), max(lengths)
-    normal = lambda *shape: rng.standard_normal(shape, dtype=np.float32)
-    k, v = (
-        np.array(jnp.asarray(normal(batch, tokens, KV_HEADS, HEAD_DIM), dtype), np.float32)
-        for _ in range(2)
-    )
-    free = list(rng.permutation(np.arange(1, 1 + batch * width)))
-    pages = np.full((2, LAYERS, 2 + batch * width, KV_HEADS, PAGE, HEAD_DIM), poison, np.float32)
-    table = np.full((batch, width), 1 + batch * width, np.int32)  # a page of poison
-    table[::2] = 0  # or the null page
-    for b, (start, stop) in enumerate(zip(kv_start, lengths, strict=True)):
-        for g in range(start // PAGE, -(-stop // PAGE)):
-            table[b, g % width] = free.pop()
-        for j in range(start, stop):
-            page = table[b, j // PAGE % width]
-            pages[:, LAYER, page, :, j % PAGE] = k[b, j], v[b, j]
-    where = dict(
-        q_start=np.subtract(lengths, q_lens), q_lens=q_lens, kv_start=kv_start, kv_stop=lengths
-    )
-    return Case(
-        q=jnp.asarray(normal(batch, max(1, *q_lens), KV_HEADS * GROUP, HEAD_DIM)),
-        k_pages=jnp.asarray(pages[0], dtype),
-        v_pages=jnp.asarray(pages[1], dtype),
-        page_table=jnp.asarray(table),
-        where={name: jnp.asarray(x, jnp.int32) for name, x in where.items()},
-        k=jnp.asarray(k),
-        v=jnp.asarray(v),
-    )
+def make_case(lengths=LENGTHS, *, store="float32", width=7, **options):
+    shape = dict(page_size=PAGE, kv_heads=KV_HEADS, group=GROUP, head_dim=20)
+    return paged_cases.make_case(store, lengths=lengths, width=width, **shape, **options)
 
 
 CHUNK = functools.partial(make_case, q_lens=(1, 5, 0, 3, 13))
@@ -125,16 +45,16 @@ def assert_close(got, expected, tolerance=TOLERANCE["float32"]):
 def test_two_keys_by_hand(backend):
     pages = jnp.zeros((1, 2, 1, 2, 1)).at[0, 1, 0, :, 0].set(jnp.asarray([0.0, np.log(3.0)]))
     one = jnp.asarray([1], jnp.int32)
-    part = paged_attention(
-        Queries(jnp.full((1, 1, 2, 1), 2.0), one, one),
+    out, lse = paged_cases.attend_op(
+        jnp.full((1, 1, 2, 1), 2.0),
         ExactPages(k=pages, v=jnp.exp(pages)),  # values 1 and 3
-        Segment(jnp.asarray([[1]], jnp.int32), 0 * one, 2 * one),
-        Rule(),
+        jnp.asarray([[1]], jnp.int32),
+        dict(q_start=one, q_lens=one, kv_start=0 * one, kv_stop=2 * one),
         layer=0,
         scale=0.5,
+        sink_logits=jnp.log(jnp.asarray([4.0, 0.0])),
         backend=backend,
     )
-    out, lse = add_learned_sink(part, jnp.log(jnp.asarray([4.0, 0.0])))
     np.testing.assert_allclose(out[0, 0, :, 0], [10 / 8, 10 / 4], rtol=1e-6)
     np.testing.assert_allclose(lse[0, 0], np.log([8, 4]), rtol=1e-6)
 
@@ -156,7 +76,7 @@ def test_soft_cap_and_learned_sinks(backend):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_low_precision_pages_are_read_exactly(dtype, backend):
-    case = CHUNK(dtype=dtype)
+    case = CHUNK(store=dtype)
     assert_close(case.attend(window=19, backend=backend), case.dense(window=19))
 
 
@@ -169,16 +89,17 @@ def test_unread_memory_changes_no_bit(make, backend):
 
 def test_window_hides_pages_of_the_segment(backend):
     case = make_case()
-    behind = case.page_table[4, :4]  # positions 0..31; the query at 44 sees 36..44
-    k_pages, v_pages = (x.at[:, behind].set(jnp.nan) for x in (case.k_pages, case.v_pages))
-    dirty = dataclasses.replace(case, k_pages=k_pages, v_pages=v_pages)
+    behind = case.table[4, :4]  # positions 0..31; the query at 44 sees 36..44
+    pages = jax.tree.map(lambda x: x.at[:, behind].set(jnp.nan), case.pages)
+    dirty = dataclasses.replace(case, pages=pages)
     assert_close(dirty.attend(window=9, backend=backend), case.dense(window=9))
 
 
 def test_layer_may_be_traced(backend):
     case = CHUNK()
-    attend = jax.jit(lambda layer: case.attend(layer=layer, window=19, backend=backend))
-    assert_close(attend(jnp.int32(LAYER)), case.dense(window=19))
+    attend = functools.partial(paged_cases.call_op, *case.arguments, window=19, backend=backend)
+    got = jax.jit(lambda layer: attend(layer=layer))(jnp.int32(LAYER))
+    assert_close(got, case.dense(window=19))
 
 
 def test_rows_that_see_nothing_are_zero_and_minus_infinity(backend):
@@ -197,8 +118,9 @@ def test_rows_that_see_nothing_are_zero_and_minus_infinity(backend):
 def test_padding_rows_may_hold_anything(backend):
     case = CHUNK()
     padding = np.arange(13) >= np.asarray(case.where["q_lens"])[:, None]
-    dirty = dataclasses.replace(case, q=case.q.at[jnp.asarray(padding)].set(jnp.nan))
-    for x, y in zip(dirty.attend(backend=backend), case.attend(backend=backend), strict=True):
+    clean = dataclasses.replace(case, q=case.q.at[jnp.asarray(padding)].set(0))
+    assert np.isnan(case.q[padding]).all()
+    for x, y in zip(case.attend(backend=backend), clean.attend(backend=backend), strict=True):
         np.testing.assert_array_equal(x, y)
 
 
@@ -239,13 +161,13 @@ def test_long_segments_take_several_blocks(lengths, q_lens, backend):
 
 
 def test_bad_shapes_name_the_value():
-    case = make_case()
+    q, pages, table, where = make_case().arguments
     with pytest.raises(ValueError, match=r"^page_table.shape=\(4, 7\): batch must be 5.$"):
-        dataclasses.replace(case, page_table=case.page_table[:4]).attend()
+        paged_cases.call_op(q, pages, table[:4], where)
     with pytest.raises(ValueError, match=r"^q.shape=\(5, 6, 20\) must be \[batch, q_tokens, "):
-        dataclasses.replace(case, q=case.q[:, 0]).attend()
-    with pytest.raises(ValueError, match=r"^sink_logits.shape=\(1,\) must be \(6,\).$"):
-        case.attend(sink_logits=jnp.zeros(1))
+        paged_cases.call_op(q[:, 0], pages, table, where)
+    with pytest.raises(ValueError, match="^sink_logits.shape=.* q_heads must be 6.$"):
+        paged_cases.call_op(q, pages, table, where, sink_logits=jnp.zeros(1))
 
 
 def test_backend_is_named_or_chosen():

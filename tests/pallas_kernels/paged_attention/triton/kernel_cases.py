@@ -1,0 +1,48 @@
+"""Cases that the GPU kernel serves, its tile sizes for short sequences, and how close it comes."""
+
+import dataclasses
+
+import numpy as np
+
+from jaxkv.codecs import get_codec
+from pallas_kernels.paged_attention.gpu_tiles import DecodeConfig
+from tests.pallas_kernels.paged_attention import paged_cases
+
+FLOATS = ("float32", "float16", "bfloat16")
+# Relative L2 error: rounding of probabilities, of queries of coded pages and of levels.
+TOLERANCE = {"float32": 1e-6, "float16": 1e-3, "bfloat16": 3e-3, "coded": 3e-3}
+SMALL = DecodeConfig(block=32, programs=10, good_tokens=32, least_tokens=32)
+EDGES = dataclasses.replace(SMALL, mask_all=False)
+TRANSPOSED = dataclasses.replace(EDGES, transposed=True)
+
+
+def make_case(
+    store="bfloat16", *, lengths=(1, 33, 64, 150), page_size=16, head_dim=64, **options
+) -> paged_cases.Case:
+    """Like `paged_cases.make_case`; `store` may be the name of a codec, too.
+
+    Entries of pages outside a segment lie beyond the pool: they are never looked up.
+    """
+    return paged_cases.make_case(
+        get_codec(store) if isinstance(store, str) and store not in FLOATS else store,
+        lengths=lengths,
+        page_size=page_size,
+        head_dim=head_dim,
+        q_dtype="bfloat16",
+        unread=10**6,
+        **options,
+    )
+
+
+def assert_close(got, expected, store="bfloat16"):
+    """Holds `(out, lse)` to what is expected of pages that store `store`."""
+    tolerance = TOLERANCE[store if store in FLOATS else "coded"]
+    (out, lse), (want, want_lse) = got, expected
+    out, lse, want, want_lse = map(np.asarray, (out, lse, want, want_lse))
+    seen = np.isfinite(want_lse)
+    np.testing.assert_array_equal(np.isfinite(lse), seen)
+    np.testing.assert_array_equal(out[~seen], 0)
+    np.testing.assert_array_equal(lse[~seen], -np.inf)
+    error = np.linalg.norm(out - want) / np.linalg.norm(want)
+    assert error <= tolerance, error
+    np.testing.assert_allclose(lse[seen], want_lse[seen], atol=3 * tolerance)
