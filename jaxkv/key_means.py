@@ -9,17 +9,18 @@ import numpy as np
 from jaxkv.cache import KVCache
 from jaxkv.config import CacheConfig
 from jaxkv.keep import Keep
+from jaxkv.model import Model
 from jaxkv.page_tables import look_up
 
 
-def fit_key_means(model, tokens: Sequence[int], *, chunk: int = 256) -> list[np.ndarray]:
+def fit_key_means(model: Model, tokens: Sequence[int], *, chunk: int = 256) -> list[np.ndarray]:
     """Means of each layer's keys, RoPE included, over a text.
 
     Runs the text through an exact cache and averages what it holds. The first token is left out:
     its key is far from all others (an attention sink), and stays exact under every recipe.
 
     Args:
-      model: `models.load(...)`, or anything `generate` takes.
+      model: `models.load(...)`, or anything that `Model` describes.
       tokens: of a text unlike what will be scored, a few hundred at least.
       chunk: tokens of a step.
 
@@ -43,7 +44,7 @@ def fit_key_means(model, tokens: Sequence[int], *, chunk: int = 256) -> list[np.
 
 
 @jax.jit
-def _add_chunk(model, tokens, count, cache: KVCache, sums):
+def _add_chunk(model: Model, tokens, count, cache: KVCache, sums):
     """Runs a chunk and adds its keys, the text's first aside, to each layer's sum."""
     position = cache.positions(tokens.shape[1])
     _, cache = model(tokens, cache.prepare(count), backend=None)

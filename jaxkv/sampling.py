@@ -41,6 +41,22 @@ class Sampling:
         return self if self.temperature else Sampling()
 
 
+def draw_keys(seeds: jax.Array, counts: jax.Array) -> jax.Array:
+    """Random keys of the next draws: each follows from a request's own seed and count alone.
+
+    Args:
+      seeds: `u32[batch]`.
+      counts: `i32[batch]`, tokens that each request has drawn.
+
+    Returns:
+      `[batch]` keys. Threefry whatever JAX's default is: mapped over rows, other generators make a
+      row's bits depend on its place.
+    """
+    return jax.vmap(
+        lambda seed, count: jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), count)
+    )(seeds, counts)
+
+
 def sample(logits: jax.Array, sampling: Sampling, keys: jax.Array) -> jax.Array:
     """Draws one token for each row.
 

@@ -16,7 +16,9 @@ from pallas_kernels.backends import Backend
 
 
 class Decoder(nnx.Module):
-    """Embedding, blocks, final norm. `Decoder.__call__` gives hidden states, `unembed` logits.
+    """Embedding, blocks, final norm: a `jaxkv.Model`.
+
+    `Decoder.__call__` gives hidden states, `unembed` logits.
 
     With `scan` the layers are stacked by their place in the repeating pattern of windows and a
     scan runs over whole repeats, so that compile time does not grow with depth. `pattern` has one
@@ -56,6 +58,26 @@ class Decoder(nnx.Module):
     def dtype(self):
         """Float type of weights and activations."""
         return self.embedding.get_value().dtype
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens."""
+        return self.config.vocab_size
+
+    @property
+    def hidden_size(self) -> int:
+        """Channels of hidden states."""
+        return self.config.hidden_size
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """Tokens that end a sequence, as the checkpoint's config says."""
+        return self.config.eos_ids
+
+    @property
+    def max_position(self) -> int | None:
+        """Trained context in tokens; None where the checkpoint does not say."""
+        return self.config.max_position
 
     def layer_specs(self, keep: Keep = Keep()) -> tuple[LayerSpec, ...]:
         """Describes the layers to a cache; raises ValueError as `Keep.apply` does."""

@@ -21,7 +21,7 @@ from rich.console import Console
 import jaxkv
 import models
 from jaxkv.codecs import get_codec
-from jaxkv.generation import prefill_chunk
+from jaxkv.steps import prefill_chunk
 from models.random_weights import draw_decoder, named_shape
 from pallas_kernels.backends import Backend
 from scripts import bench_step, bench_step_peer

@@ -27,7 +27,7 @@ from rich.console import Console
 import jaxkv
 import models
 from jaxkv.codecs import get_codec
-from jaxkv.generation import decode_block, start
+from jaxkv.steps import Requests, decode_block, start
 from models.random_weights import named_shape
 from scripts import bench_step_peer
 from scripts.command import run_command
@@ -243,19 +243,19 @@ def main(args: Args) -> int:
                 log.print(f"batch {batch}, {codec}: cache of {total / 2**30:.1f} GiB does not fit")
             else:
                 cases[batch, codec] = cache
-    draw = lambda batch: (
-        jaxkv.Sampling(),
-        jnp.uint32(0),
-        jnp.zeros(0, jnp.int32),
-        jnp.full(batch, 2**30, jnp.int32),
+    requests = lambda batch: Requests(
+        seeds=jnp.zeros(batch, jnp.uint32),
+        limits=jnp.full(batch, 2**30, jnp.int32),
+        stop_ids=jnp.zeros((batch, 0), jnp.int32),
+        sampling=jaxkv.Sampling(),
     )
 
     def lower(case):
         batch, _ = case
         cache = jax.eval_shape(lambda: jaxkv.KVCache.create(cases[case]))
         last = jax.ShapeDtypeStruct((batch, config.hidden_size), jnp.dtype(args.dtype))
-        state = jax.eval_shape(start, model, cache, last, *draw(batch))
-        return decode_block.lower(model, state, *draw(batch), steps=args.steps, backend=None)
+        state = jax.eval_shape(start, model, cache, last, requests(batch))
+        return decode_block.lower(model, state, requests(batch), steps=args.steps, backend=None)
 
     lowered = {case: lower(case) for case in cases}
     log.print(f"traced {len(lowered)} programs after {time.perf_counter() - began:.0f} s")
@@ -268,18 +268,18 @@ def main(args: Args) -> int:
     for (batch, codec), cache_config in cases.items():
         cache = fill(jaxkv.KVCache.create(cache_config), args.context)
         last = jnp.ones((batch, config.hidden_size), args.dtype)
-        state = jax.block_until_ready(start(model, cache, last, *draw(batch)))
+        state = jax.block_until_ready(start(model, cache, last, requests(batch)))
         run = compiled[batch, codec]
         seconds = []
         for _ in range(args.repeats + 1):
             begin = time.perf_counter()
-            state, out, _ = run(model, state, *draw(batch))
+            state, out, _ = run(model, state, requests(batch))
             jax.block_until_ready(out)
             seconds.append((time.perf_counter() - begin) / args.steps)
         holder = [state]
 
         def once(run=run, holder=holder, batch=batch):
-            holder[0], out, _ = run(model, holder[0], *draw(batch))
+            holder[0], out, _ = run(model, holder[0], requests(batch))
             return out
 
         kernels = device_kernels([once])

@@ -68,7 +68,7 @@ class Args:
     min_p: float | None = None
     """Drop tokens less likely than this times the best one."""
     seed: int = 0
-    """Of the draws."""
+    """Of the draws; of several prompts, number i draws with this plus i."""
     window: int | None = None
     """Attend to the newest so many tokens only: constant memory for any length."""
     sink_tokens: int = 0
@@ -281,8 +281,7 @@ def main(args: Args) -> int:
                 keep_first=args.keep_first,
                 keep_last=args.keep_last,
             ),
-            page_size=args.page_size,
-            chunk=args.chunk,
+            sizes=jaxkv.Sizes(page_size=args.page_size, chunk=args.chunk),
             backend=args.backend,
             on_tokens=show,
             on_prefill=prefilled,

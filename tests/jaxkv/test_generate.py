@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import re
 from pathlib import Path
 
 import jax
@@ -13,10 +12,11 @@ import pytest
 import jaxkv
 import models
 from jaxkv import Keep
-from jaxkv.generation import decode_block, default_chunk, start
+from jaxkv.generate import Sizes, default_chunk, prompt_seeds
 
 ORACLES = Path(__file__).parents[1] / "oracles"
 PROMPTS = [[5, 9, 200, 3], [17], list(range(20, 61))]
+HOT = jaxkv.Sampling(temperature=1.5, top_k=50)
 
 
 @pytest.fixture(autouse=True)
@@ -34,8 +34,13 @@ def model():
 
 
 def generate(model, prompts, **options):
-    options = dict(dict(max_tokens=12, stop_ids=(), page_size=8, chunk=16, block=5), **options)
-    return jaxkv.generate(model, prompts, **options)
+    """`jaxkv.generate` in small sizes, which may be given by name."""
+    names = [field.name for field in dataclasses.fields(Sizes)]
+    given = {name: options.pop(name) for name in names if name in options}
+    sizes = Sizes(**(dict(page_size=8, chunk=16, block=5) | given))
+    return jaxkv.generate(
+        model, prompts, sizes=sizes, **(dict(max_tokens=12, stop_ids=()) | options)
+    )
 
 
 @jax.jit
@@ -112,8 +117,8 @@ def test_blocks_stream_every_token_in_order(model):
 def test_a_starved_sequence_waits_for_pages(model):
     # Three sequences of 10 + 12 tokens want three pages of 8 each; the pool has 7.
     prompts = [list(range(n, n + 10)) for n in (3, 40, 90)]
-    free = generate(model, prompts)
-    tight = generate(model, prompts, pages=8)
+    free = generate(model, prompts, sampling=HOT)  # a step that waits must not count as a draw
+    tight = generate(model, prompts, sampling=HOT, pages=8)
     assert tight.decode_steps > free.decode_steps
     assert tight.tokens == free.tokens
     assert tight.stop_reasons == ["length"] * 3
@@ -126,12 +131,28 @@ def test_sequences_that_all_wait_end_as_no_pages(model):
     assert [len(tokens) for tokens in result.tokens] == [1, 1]
 
 
-def test_draws_depend_on_the_seed_and_on_nothing_else(model):
-    hot = dict(sampling=jaxkv.Sampling(temperature=1.5, top_k=50))
-    first = generate(model, PROMPTS, seed=1, **hot).tokens
-    assert generate(model, PROMPTS, seed=1, block=3, **hot).tokens == first
-    assert generate(model, PROMPTS, seed=2, **hot).tokens != first
-    assert generate(model, PROMPTS[:1], seed=1, **hot).tokens == first[:1]
+@pytest.mark.parametrize("order", [(1,), (2, 0), (1, 2, 0)])
+def test_a_request_draws_the_same_tokens_in_any_batch_and_row(model, order):
+    seeds = (7, 7, 2**32 - 1)
+    together = generate(model, PROMPTS, seed=seeds, sampling=HOT).tokens
+    prompts, own = [PROMPTS[n] for n in order], [seeds[n] for n in order]
+    assert generate(model, prompts, seed=own, sampling=HOT).tokens == [together[n] for n in order]
+
+
+def test_draws_follow_the_seed_and_not_the_blocks(model):
+    first = generate(model, PROMPTS, seed=1, sampling=HOT).tokens
+    assert generate(model, PROMPTS, seed=1, sampling=HOT, block=3).tokens == first
+    assert generate(model, PROMPTS, seed=9, sampling=HOT).tokens != first
+
+
+def test_one_seed_counts_up_over_the_prompts(model):
+    last = 2**32 - 1
+    assert prompt_seeds(last - 1, 3) == [last - 1, last, 0]
+    assert prompt_seeds(np.asarray([4, 4]), 2) == [4, 4]
+    same = PROMPTS[2:] * 3
+    counted = generate(model, same, seed=last - 1, sampling=HOT).tokens
+    assert counted == generate(model, same, seed=[last - 1, last, 0], sampling=HOT).tokens
+    assert len({tuple(tokens) for tokens in counted}) == 3
 
 
 @pytest.mark.parametrize(
@@ -143,7 +164,12 @@ def test_draws_depend_on_the_seed_and_on_nothing_else(model):
         ([[1] * 2000], dict(max_tokens=100), "prompt 0 has 2000 tokens, with max_tokens=100 more"),
         ([[1]], dict(max_tokens=0), "max_tokens=0 must be at least 1"),
         ([[1] * 40], dict(pages=3), "do not fit pools of .2. pages"),
+        ([[1]], dict(block=0), "block=0 must be at least 1"),
+        ([[1]], dict(chunk=0), "chunk=0 must be at least 1"),
+        ([[1]], dict(page_size=0), "page_size=0 must be at least 1"),
         ([[1]], dict(seed=-1), "seed=-1 must be at least 0"),
+        ([[1], [2]], dict(seed=[1, 2**32]), "seed=4294967296 must be at least 0 and below"),
+        ([[1], [2]], dict(seed=[1]), "seed has 1 entries and must have one per prompt, 2"),
         ([[1]], dict(keep=Keep(sink_tokens=4)), "sink_tokens=4 needs a window"),
         ([[1]], dict(keep=Keep(window=0)), "window=0 must be at least 1"),
         ([[1]], dict(keep=Keep(window=8, sink_positions="near")), "sink_positions='near'"),
@@ -153,28 +179,6 @@ def test_bad_input_is_one_line(model, prompts, options, message):
     with pytest.raises(ValueError, match=message) as error:
         generate(model, prompts, **options)
     assert "\n" not in str(error.value)
-
-
-def test_the_compiled_block_calls_no_host_and_copies_no_pool(model):
-    config = jaxkv.CacheConfig(
-        layers=model.layer_specs(), batch=2, max_tokens=40000, max_new_tokens=8
-    )
-    cache = jax.eval_shape(lambda: jaxkv.KVCache.create(config))
-    draw = (
-        jaxkv.Sampling(temperature=0.7, top_k=5),
-        jnp.uint32(0),
-        jnp.zeros(1, jnp.int32),
-        jnp.full(2, 9, jnp.int32),
-    )
-    last = jax.ShapeDtypeStruct((2, model.config.hidden_size), jnp.float32)
-    state = jax.eval_shape(start, model, cache, last, *draw)
-    compiled = decode_block.lower(model, state, *draw, steps=16, backend=None).compile()
-    text = compiled.as_text()
-    assert "callback" not in text and "infeed" not in text and "outfeed" not in text
-    pool = cache.groups[0].exact.pages.k
-    shape = ",".join(map(str, pool.shape))
-    assert not re.search(rf"= f32\[{shape}\]\S* copy\(", text)
-    assert compiled.memory_analysis().temp_size_in_bytes < pool.size * 4 / 20
 
 
 @pytest.mark.slow

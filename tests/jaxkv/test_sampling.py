@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxkv.sampling import Sampling, sample
+from jaxkv.sampling import Sampling, draw_keys, sample
 
 VOCAB = 11
 
@@ -130,3 +130,20 @@ def test_numbers_change_without_compiling_again():
     for temperature, top_p in ((0.7, 0.9), (1.3, 0.5)):
         compiled(x, Sampling(temperature=temperature, top_p=top_p), keys)
     assert compiled._cache_size() == 1
+
+
+@pytest.mark.parametrize("default", ["threefry2x32", "rbg"])
+def test_draws_follow_seed_and_count_in_any_row_and_batch(default):
+    seeds, counts = np.uint32([3, 3, 4, 2**32 - 1, 3]), np.int32([0, 1, 0, 7, 0])
+    with jax.default_prng_impl(default):
+        hot, x = Sampling(temperature=9.0), jnp.broadcast_to(jnp.asarray(logits()), (5, VOCAB))
+        keys = draw_keys(jnp.asarray(seeds), jnp.asarray(counts))
+        together = np.asarray(sample(x, hot, keys))
+        alone = [
+            int(sample(x[:1], hot, draw_keys(jnp.asarray(seeds[n : n + 1]), jnp.asarray([c])))[0])
+            for n, c in enumerate(counts)
+        ]
+    assert together.tolist() == alone
+    data = np.asarray(jax.random.key_data(keys))
+    assert (data[0] == data[4]).all()
+    assert len({tuple(row) for row in data}) == 4

@@ -30,8 +30,8 @@ def load(oracle, scan):
 
 
 def generate(model, **options):
-    options = dict(max_tokens=NEW, stop_ids=(), page_size=8, chunk=16, block=4) | options
-    return jaxkv.generate(model, PROMPTS, **options)
+    sizes = jaxkv.Sizes(page_size=8, chunk=16, block=4)
+    return jaxkv.generate(model, PROMPTS, max_tokens=NEW, stop_ids=(), sizes=sizes, **options)
 
 
 @jax.jit

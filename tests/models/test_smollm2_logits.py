@@ -82,7 +82,8 @@ def test_logits_are_those_of_transformers(model, hidden, name):
 @pytest.mark.parametrize("name", CASES)
 def test_greedy_continuation_is_that_of_transformers(model, name):
     case = CASES[name]
-    result = jaxkv.generate(model, [case["input_ids"]], max_tokens=len(case["greedy"]), chunk=64)
+    prompts, count = [case["input_ids"]], len(case["greedy"])
+    result = jaxkv.generate(model, prompts, max_tokens=count, sizes=jaxkv.Sizes(chunk=64))
     assert result.tokens == [case["greedy"]]
     stops = case["greedy"][-1] == ORACLE["eos"]
     assert result.stop_reasons == ["stop" if stops else "length"]

@@ -1,0 +1,68 @@
+"""What generation needs of a model; `models.Decoder` is one, any pytree that has the same works."""
+
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
+
+import jax
+from jax.typing import DTypeLike
+
+from jaxkv.cache import KVCache
+from jaxkv.config import LayerSpec
+from jaxkv.keep import Keep
+from pallas_kernels.backends import Backend
+
+
+@runtime_checkable
+class Model(Protocol):
+    """A decoder that attends through a `KVCache`: a pytree of weights, passed to jitted steps.
+
+    `generate` uses all of it, `fit_key_means` only `layer_specs` and the call.
+    """
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens: prompts have ids below it."""
+        ...
+
+    @property
+    def hidden_size(self) -> int:
+        """Channels of the hidden states that a call returns."""
+        ...
+
+    @property
+    def dtype(self) -> DTypeLike:
+        """Float type of these hidden states."""
+        ...
+
+    @property
+    def eos_ids(self) -> Sequence[int]:
+        """Tokens that end a sequence unless a caller names others; () for none."""
+        ...
+
+    @property
+    def max_position(self) -> int | None:
+        """Trained context in tokens; None for no limit."""
+        ...
+
+    def layer_specs(self, keep: Keep) -> tuple[LayerSpec, ...]:
+        """Describes each layer to the cache: `keep.apply` of the model's own layers."""
+        ...
+
+    def __call__(
+        self, tokens: jax.Array, cache: KVCache, *, backend: Backend | None
+    ) -> tuple[jax.Array, KVCache]:
+        """Runs the prepared tokens of each sequence; every layer calls `cache.attend` once.
+
+        Args:
+          tokens: `i32[batch, tokens]`; row `b` has `cache.pending[b]` tokens, padding behind.
+          cache: prepared; the caller commits it.
+          backend: passed on to `cache.attend`.
+
+        Returns:
+          Hidden states, `[batch, tokens, hidden_size]`, and the cache.
+        """
+        ...
+
+    def unembed(self, hidden: jax.Array) -> jax.Array:
+        """Logits, `f32[..., vocab_size]`, of hidden states `[..., hidden_size]`."""
+        ...
