@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from models.checkpoints.errors import CheckpointError, one_line
+from models.errors import CheckpointError, one_line
 
 _STRING, _ARRAY = 8, 9
 _SCALARS = {  # GGUF value type: numpy's

@@ -5,8 +5,8 @@ import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models.harmony import HarmonyStream, Message, answer_stream
-from models.tokenizer import TextStream, Tokenizer
+from models.text.harmony import HarmonyStream, Message, answer_stream
+from models.text.tokenizer import TextStream, Tokenizer
 
 MARKS = ("start", "end", "message", "channel", "constrain", "return", "call")
 PROMPT = "<|start|>user<|message|>Hi<|end|><|start|>assistant"

@@ -1,7 +1,7 @@
 """Mistral 7B (arXiv:2310.06825): the Llama block with a sliding window."""
 
 from models.config import DecoderConfig
-from models.hf_config import SLIDING, common, layer_types, layer_windows, whole
+from models.families.hf_config import SLIDING, common, layer_types, layer_windows, whole
 
 
 def decoder_config(hf: dict) -> DecoderConfig:

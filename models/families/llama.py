@@ -1,7 +1,7 @@
 """Llama 2 and 3 (arXiv:2307.09288, arXiv:2407.21783), and models of their shape (SmolLM2)."""
 
 from models.config import DecoderConfig
-from models.hf_config import common, whole
+from models.families.hf_config import common, whole
 
 
 def decoder_config(hf: dict) -> DecoderConfig:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-from models.checkpoints.errors import CheckpointError, import_extra, one_line
+from models.errors import CheckpointError, import_extra, one_line
 
 
 def render_chat(

@@ -5,9 +5,9 @@ embeddings, a tied head. Gemma 2 bounds scores and logits; Gemma 3 normalises qu
 instead and rotates sliding layers by a base of their own.
 """
 
-from models.checkpoints import CheckpointError
 from models.config import DecoderConfig
-from models.hf_config import (
+from models.errors import CheckpointError
+from models.families.hf_config import (
     FULL,
     SLIDING,
     common,

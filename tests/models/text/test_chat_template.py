@@ -4,8 +4,8 @@ import datetime
 
 import pytest
 
-from models.chat_template import render_chat
-from models.checkpoints import CheckpointError
+from models.errors import CheckpointError
+from models.text.chat_template import render_chat
 
 SPECIAL = {"bos_token": "<bos>", "eos_token": "<eos>"}
 CHATML = (

@@ -8,7 +8,7 @@ import dataclasses
 import re
 from collections.abc import Sequence
 
-from models.tokenizer import TextStream, Tokenizer
+from models.text.tokenizer import TextStream, Tokenizer
 
 _START, _CHANNEL, _MESSAGE = "<|start|>", "<|channel|>", "<|message|>"
 _ENDS = ("<|end|>", "<|call|>", "<|return|>")  # of a message, of a tool call, of the answer

@@ -1,9 +1,9 @@
 """gpt-oss (arXiv:2508.10925): learned sinks, every other layer slides, a mixture of experts."""
 
-from models.checkpoints import CheckpointError
 from models.config import DecoderConfig
+from models.errors import CheckpointError
 from models.experts import ExpertsConfig
-from models.hf_config import (
+from models.families.hf_config import (
     common,
     every_nth_full,
     layer_types,

@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from models.checkpoints import CheckpointError
 from models.config import Activation, DecoderConfig
+from models.errors import CheckpointError
 from models.rope import make_rope
 
 # Missing in old config files; transformers' defaults.

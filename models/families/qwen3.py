@@ -1,7 +1,7 @@
 """Qwen3 (arXiv:2505.09388): the Llama block with an RMS norm on every query and key head."""
 
 from models.config import DecoderConfig
-from models.hf_config import FULL, SLIDING, common, layer_types, layer_windows, whole
+from models.families.hf_config import FULL, SLIDING, common, layer_types, layer_windows, whole
 
 
 def decoder_config(hf: dict) -> DecoderConfig:
