@@ -45,7 +45,8 @@ def open_gguf(path: Path) -> Checkpoint:
     """Opens a GGUF file of the Llama or Qwen3 architecture.
 
     Raises:
-      CheckpointError: truncated or damaged, another architecture, an unsupported feature.
+      CheckpointError: the file is truncated or damaged, of another architecture, or uses a feature
+        that is not supported.
     """
     data = map_file(path)
     fields, entries = read_gguf_header(path, data)

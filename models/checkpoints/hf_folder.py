@@ -45,7 +45,7 @@ def open_hf_folder(folder: Path) -> Checkpoint:
     """Opens a folder of the kind that transformers' `from_pretrained` reads.
 
     Raises:
-      CheckpointError: a file is missing, truncated or no valid JSON; a shard lacks a tensor.
+      CheckpointError: a file is missing, truncated or not valid JSON; a shard lacks a tensor.
     """
     config = read_json_object(folder / "config.json")
     if (folder / SINGLE_FILE).exists():
@@ -61,7 +61,7 @@ def open_safetensors(path: Path) -> dict[str, LazyTensor]:
     """Maps one safetensors file, whose size must agree with its header.
 
     Raises:
-      CheckpointError: missing, truncated, or not a safetensors file.
+      CheckpointError: the file is missing, truncated, or not a safetensors file.
     """
     data = map_file(path)
     header_bytes = int(data[:8].view("<u8")[0]) if len(data) >= 8 else 0

@@ -226,7 +226,7 @@ def test_weights_do_not_lie_in_the_file(tmp_path):
     model = models.load(tmp_path, dtype="float32")
     before = np.array(model.embedding[...])
     path = tmp_path / "model.safetensors"
-    with path.open("r+b") as file:  # the map shows what is written
+    with path.open("r+b") as file:  # a mapped file changes with it
         file.seek(-path.stat().st_size // 2, 2)
         file.write(b"\xff" * (path.stat().st_size // 2))
     np.testing.assert_array_equal(model.embedding[...], before)

@@ -1,4 +1,4 @@
-"""Chat templates: what transformers' renderer offers them, and what is refused."""
+"""Chat templates get all that transformers' renderer offers them; broken ones are refused."""
 
 import datetime
 

@@ -1,4 +1,4 @@
-"""Answers in channels: what is shown and what is kept, however the tokens come in."""
+"""Answers in channels are shown and kept the same, however the tokens are split up."""
 
 import pytest
 import tokenizers
