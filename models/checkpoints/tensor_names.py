@@ -18,10 +18,10 @@ from models.mxfp4 import BLOCK, BLOCK_BYTES
 
 ParameterPath = tuple[str, ...]  # inside a block, ("attention", "out"), or the model, ("head",)
 
-SKIPPED = {
-    "gemma3": IMAGE_TENSORS
-}  # by model_type: starts of names that the decoder has no use for
-DERIVED = "rotary_emb.inv_freq"  # end of the names of buffers that old exports store
+# Tensors without a parameter that a checkpoint may have: starts of their names by model_type, and
+# the end of the names of buffers that old exports store.
+SKIPPED = {"gemma3": IMAGE_TENSORS}
+DERIVED = "rotary_emb.inv_freq"
 
 TRANSPOSE_ROWS = 64  # a block of 64 rows, and the columns it becomes, fit in a core's cache
 
