@@ -1,4 +1,7 @@
-"""What a decoder-only transformer is made of, after a checkpoint's own config has been read."""
+"""The static description of a decoder-only transformer.
+
+It is the same for all architectures: `models/families` builds it from a checkpoint's config.json.
+"""
 
 import dataclasses
 from typing import Literal
@@ -12,28 +15,35 @@ Activation = Literal["silu", "gelu_tanh"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
-    """Static description of a `Decoder`; each architecture's module makes one.
+    """Static description of a `Decoder`.
 
     Attributes:
-      intermediate_size: of the MLP, or of each expert.
-      windows: one entry a layer, tokens a query sees or None for all.
-      rope: rotation of the layers.
-      local_rope: rotation of the layers that have a window, where it differs (Gemma 3).
-      attention_scale: of scores; None for `head_dim ** -0.5`.
-      attention_soft_cap: bound on scores, `cap * tanh(score / cap)` (Gemma 2); None for none.
-      logits_soft_cap: the same on the final logits.
-      attention_sinks: every query head has a learned logit that joins the softmax's denominator
-        (gpt-oss).
-      attention_bias: q, k and v projections have biases.
-      output_bias: the attention's output projection has one.
-      activation: of the MLP's gate.
-      mlp_bias: the MLP's projections have them.
-      experts: a mixture of experts takes the MLP's place (gpt-oss); None for the MLP.
-      qk_norm: RMS norm of each query and key head before rotation (Qwen3, Gemma 3).
-      sandwich_norms: attention and MLP have a norm behind them too (Gemma 2 and 3).
+      architecture: `model_type` of the config.json.
+      intermediate_size: inner size of the MLP, or of each expert.
+      windows: one entry per layer: the number of tokens that a query sees, itself included, or
+        None for all.
+      rope: rotation of queries and keys.
+      norm_eps: added to the mean square in the RMS norms.
+      local_rope: rotation in the layers that have a window, if it differs from `rope` (Gemma 3).
+      attention_scale: factor of attention scores; None for `head_dim ** -0.5`.
+      attention_soft_cap: bound on attention scores, `cap * tanh(score / cap)` (Gemma 2); None for
+        no bound.
+      logits_soft_cap: the same for the final logits.
+      attention_sinks: every query head has a learned logit that is added to the softmax's
+        denominator (gpt-oss).
+      attention_bias: the projections to q, k and v have biases.
+      output_bias: the attention's output projection has a bias.
+      activation: activation function of the MLP's gate.
+      mlp_bias: the MLP's projections have biases.
+      experts: description of the mixture of experts that takes the MLP's place (gpt-oss); None
+        for an MLP.
+      qk_norm: each query and key head passes an RMS norm before its rotation (Qwen3, Gemma 3).
+      sandwich_norms: there are norms after attention and MLP, too, not only before (Gemma 2, 3).
       unit_offset_norms: norms multiply by `1 + weight`, not `weight` (Gemma).
       scale_embeddings: embeddings are multiplied by `sqrt(hidden_size)` (Gemma).
       tie_embeddings: the output matrix is the embedding.
+      eos_ids: each of these tokens ends a generation.
+      max_position: length of the context in training, in tokens; None if the file does not say.
     """
 
     architecture: str
@@ -62,7 +72,7 @@ class DecoderConfig:
     scale_embeddings: bool = False
     tie_embeddings: bool = False
     eos_ids: tuple[int, ...] = ()
-    max_position: int | None = None  # trained context, tokens
+    max_position: int | None = None
 
     @property
     def layers(self) -> int:
@@ -71,7 +81,7 @@ class DecoderConfig:
 
     @property
     def group(self) -> int:
-        """Query heads that share a key/value head."""
+        """Number of query heads that share a key/value head."""
         return self.q_heads // self.kv_heads
 
     @property
@@ -82,9 +92,10 @@ class DecoderConfig:
 
     @property
     def period(self) -> int:
-        """Layers after which the pattern of windows repeats; the last repeat may be cut short.
+        """Number of layers after which the pattern of windows repeats.
 
-        Nothing but the window tells layers apart: the rotation follows from it.
+        The last repeat may be cut short. Layers differ in nothing but the window and what depends
+        on it, the rotation.
         """
         repeats = lambda n: self.windows[n:] == self.windows[:-n]
         return next((n for n in range(1, self.layers) if repeats(n)), self.layers)

@@ -1,4 +1,4 @@
-"""A decoder-only transformer over a `KVCache`: one body for every architecture here."""
+"""A decoder-only transformer over a `KVCache`, one class for all architectures."""
 
 import dataclasses
 
@@ -16,21 +16,20 @@ from pallas_kernels.backends import Backend
 
 
 class Decoder(nnx.Module):
-    """Embedding, blocks, final norm: a `jaxkv.Model`.
+    """Embedding, blocks, final norm: a `jaxkv.Model`. Calling it gives hidden states.
 
-    `Decoder.__call__` gives hidden states, `unembed` logits.
-
-    With `scan` the layers are stacked by their place in the repeating pattern of windows and a
-    scan runs over whole repeats, so that compile time does not grow with depth. `pattern` has one
-    stacked block a place; `layers` are the ones that follow one by one: those of a last repeat that
-    is cut short or, without `scan`, all of them.
+    The windows of the layers form a repeating pattern (Gemma 3: five layers with a window, one
+    without). With `scan`, the layers at the same place of the pattern are stacked, and a scan runs
+    over the repeats, so that compile time does not grow with depth. `pattern` then has one stacked
+    block per place, and `layers` has the blocks of a last repeat that is cut short. Without `scan`,
+    `pattern` is empty and `layers` has all blocks.
 
     Args:
       config: the architecture.
-      rngs: for random weights; loaders replace them.
-      scan: stack and scan, or unroll, which reads weights in place and is faster where a step is
-        short (CPU).
-      dtype: of the weights and activations.
+      rngs: source of the random weights; a loader replaces them.
+      scan: True to stack and scan, False to unroll. Unrolled layers read their weights in place,
+        which is faster where a step is short (CPU).
+      dtype: of weights and activations.
     """
 
     def __init__(
@@ -90,16 +89,16 @@ class Decoder(nnx.Module):
         """Runs the prepared tokens of each sequence through the layers.
 
         Args:
-          tokens: `i32[batch, tokens]`; rows past `cache.pending` are padding.
-          cache: prepared; commit it afterwards.
-          backend: of the attention; None picks by platform.
+          tokens: `i32[batch, tokens]`; in each sequence tokens past `cache.pending` are padding.
+          cache: a cache after `prepare`; the caller commits it afterwards.
+          backend: backend of the attention; None picks by platform.
 
         Returns:
-          Normed hidden states, `[batch, tokens, hidden]`, and the cache.
+          Hidden states after the final norm, `[batch, tokens, hidden]`, and the cache.
 
         Raises:
-          ValueError: the cache does not fit: another number of layers, or layers are scanned that
-            it does not keep alike.
+          ValueError: the cache does not fit: it has another number of layers, or it keeps layers
+            in different ways that the scan treats as one.
         """
         config = self.config
         if len(cache.config.layers) != config.layers:
@@ -107,7 +106,7 @@ class Decoder(nnx.Module):
                 f"the cache has {len(cache.config.layers)} layers and must have {config.layers}."
             )
         x = self.embedding[...][tokens]
-        if config.scale_embeddings:  # rounded like the weights, as published checkpoints expect
+        if config.scale_embeddings:  # published checkpoints expect the factor rounded like weights
             x = x * jnp.asarray(config.hidden_size**0.5, x.dtype)
         turned = self._angles(cache, tokens.shape[1])
         if self.repeats:
@@ -124,7 +123,11 @@ class Decoder(nnx.Module):
         return soft_cap(logits, self.config.logits_soft_cap)
 
     def _angles(self, cache: KVCache, tokens: int) -> list[tuple[Angles, Angles | None]]:
-        """Each layer's rotation of queries and keys, and of the queries that attend its sinks."""
+        """Each layer's rotation of queries and keys, and that of its queries toward sink tokens.
+
+        The second is None in layers where queries attend sink tokens with the rotation that they
+        have for other tokens. Layers that are rotated alike share their arrays.
+        """
         position = cache.positions(tokens)
         kinds = [
             (rope, spec.q_sink_limit)
@@ -144,9 +147,9 @@ class Decoder(nnx.Module):
         turned: list[tuple[Angles, Angles | None]],
         backend: Backend | None,
     ) -> tuple[jax.Array, KVCache]:
-        """Runs the whole repeats of the pattern, unrolled inside the body of a scan."""
+        """Scans over the whole repeats of the pattern; its body runs the layers of one repeat."""
         places = pattern_places(cache.config, self.config.period, self.repeats)
-        # Experts stay whole: a slice of a layer would be a copy of all of them, and few are read.
+        # Experts are not scanned: slicing out a layer would copy all its experts to read a few.
         graph, experts, stacked = nnx.split(self.pattern, ExpertParam, ...)
 
         def body(carry, weights_and_repeat):

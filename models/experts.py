@@ -1,7 +1,7 @@
-"""Mixture of experts of gpt-oss: a router, and experts that are read only where a token needs them.
+"""The mixture of experts of gpt-oss: a router, and experts.
 
-Tokens are grouped by expert, so that a weight is read once for a block of tokens, and weights may
-stay packed as MXFP4 in memory.
+Experts that no token was sent to are not read. Tokens are grouped by expert, so that a weight is
+read once for a block of tokens. Weights may stay packed as MXFP4 in memory.
 """
 
 import dataclasses
@@ -15,10 +15,11 @@ from models import mxfp4
 
 Layer = int | jax.Array
 
-# Rows of a weight that a CPU reads at a time: 512 x 2880 values stay in its last-level cache.
+# A CPU reads this many rows of a weight at a time: 512 x 2880 values fit in its last-level cache.
 CPU_TILE = 512
-# Reading and unpacking an expert takes as long as multiplying it with so many tokens: measured on
-# two AVX-512 cores; for a GPU worked out from an H100's bandwidth and bfloat16 rate.
+# Reading and unpacking an expert takes as long as multiplying it by this many tokens. The number
+# for CPUs was measured on two AVX-512 cores; the one for GPUs follows from an H100's bandwidth and
+# its rate of bfloat16 products.
 UNPACK_TOKENS = {"cpu": 16, "gpu": 400}
 
 
@@ -27,11 +28,11 @@ class ExpertsConfig:
     """Static description of an `Experts` layer.
 
     Attributes:
-      experts: how many there are.
-      top_k: experts a token is sent to.
+      experts: number of experts.
+      top_k: number of experts that a token is sent to.
       alpha: slope of the sigmoid in the activation.
-      limit: bound of gate and up before the activation.
-      packed: weights are MXFP4 blocks in memory, dequantized as they are used.
+      limit: bound on gate and up before the activation.
+      packed: weights are MXFP4 blocks in memory and are dequantized when they are used.
     """
 
     experts: int
@@ -46,22 +47,22 @@ class ExpertsConfig:
 
 
 class ExpertParam(nnx.Param):
-    """A weight of which a call reads a few experts only.
+    """A weight of all experts, of which a call reads only those of a few experts.
 
-    A scan over layers must not slice it (the slice of a layer is a copy of all its experts): split
-    these off by type, pass them whole and say which layer.
+    A scan over layers must not slice it, because the slice for a layer would copy all its experts.
+    Split these parameters off by type, pass them whole, and say which layer is meant.
     """
 
 
 class Experts(nnx.Module):
     """Router and experts of gpt-oss (arXiv:2508.10925).
 
-    The `top_k` largest router logits are softmaxed among themselves and weigh the experts'
-    outputs, `down(gate * sigmoid(alpha * gate) * (up + 1))` with `gate <= limit` and
-    `|up| <= limit`. Router logits are float32.
+    A token goes to the `top_k` experts with the largest router logits. The softmax of these logits
+    weighs the experts' outputs, `down(gate * sigmoid(alpha * gate) * (up + 1))`, with `gate`
+    clipped to at most `limit` and `up` to `-limit` .. `limit`. Router logits are float32.
 
-    Parameters, each with the leading `stack` axes; experts keep the published layout, in which
-    gate and up are interleaved (even columns gate, odd up):
+    All parameters have the leading axes `stack`. Experts keep the published layout, in which gate
+    and up are interleaved: even columns are gate, odd ones up.
       router: `[hidden, experts]` (published transposed), `router_bias`: `[experts]`;
       gate_up_bias: `[experts, 2 * inner]`, `down_bias`: `[experts, hidden]`;
       not packed: `gate_up`: `[experts, hidden, 2 * inner]`, `down`: `[experts, inner, hidden]`;
@@ -69,11 +70,11 @@ class Experts(nnx.Module):
       `u8[experts, 2 * inner, hidden / 32]`, `down_blocks`: `u8[experts, hidden, inner / 32, 16]`,
       `down_scales`: `u8[experts, hidden, inner / 32]`.
 
-    Under a scan over layers build it with `stack=(layers,)`, keep it out of the scanned arrays and
-    call it with the layer's index; every parameter is an `ExpertParam`:
+    To scan over layers, build it with `stack=(layers,)`, keep it out of the scanned arrays and call
+    it with the layer's index. Every parameter is an `ExpertParam`:
 
         graph, experts, others = nnx.split(blocks, ExpertParam, ...)
-        # in the body, for the others' slice of layer i:
+        # in the body, with others_i the slice of the others for layer i:
         nnx.merge(graph, experts, others_i).mlp(x, i)
 
     Args:
@@ -82,11 +83,12 @@ class Experts(nnx.Module):
       inner: size inside an expert.
       rngs: for random weights.
       stack: `()`, or `(layers,)` to hold the weights of several layers.
-      dtype: of the weights that are not packed. JAX 0.10's CPU compiler makes a float32 copy of all
-        experts that are plain bfloat16 in every call; float32 and packed ones it reads in place.
+      dtype: of the weights that are not packed. On CPUs avoid plain bfloat16 experts: JAX 0.10's
+        compiler copies all of them to float32 in every call. It reads float32 and packed experts
+        in place.
 
     Raises:
-      ValueError: packed sizes that are no multiples of 32.
+      ValueError: experts are packed, and a size is not a multiple of 32.
     """
 
     def __init__(
@@ -114,7 +116,8 @@ class Experts(nnx.Module):
             return ExpertParam(jax.random.bits(rngs.params(), shape, jnp.uint8))
 
         def scales(*shape: int, fan_in: int) -> ExpertParam:
-            exponent = 127 - round(math.log2(3 * fan_in**0.5))  # random codes have rms 3
+            # The root mean square of random codes is 3.
+            exponent = 127 - round(math.log2(3 * fan_in**0.5))
             return ExpertParam(jnp.full(shape, exponent, jnp.uint8))
 
         self.router = normal(*stack, hidden, config.experts, fan_in=hidden)
@@ -132,11 +135,11 @@ class Experts(nnx.Module):
             self.down = normal(*each, inner, hidden, fan_in=inner)
 
     def __call__(self, x: jax.Array, layer: Layer | None = None) -> jax.Array:
-        """Maps `[batch, tokens, hidden]` to the same shape; rows are independent.
+        """Maps `[batch, tokens, hidden]` to the same shape; tokens do not affect each other.
 
         Args:
           x: the tokens.
-          layer: which of the stacked layers; None where nothing is stacked.
+          layer: index of the layer among the stacked ones; None if weights are not stacked.
         """
         if self.stacked != (layer is not None):
             raise ValueError(f"{layer=} must be given for stacked weights and for no others.")
@@ -149,7 +152,7 @@ class Experts(nnx.Module):
         return out.astype(x.dtype).reshape(x.shape)
 
     def _route(self, tokens: jax.Array, layer: Layer) -> tuple[jax.Array, jax.Array]:
-        """Experts `i32[tokens, top_k]` and their weights `f32[tokens, top_k]`."""
+        """Each token's experts, `i32[tokens, top_k]`, and their weights, `f32[tokens, top_k]`."""
         router, bias = self._layer(self.router, layer), self._layer(self.router_bias, layer)
         router, bias, tokens = (v.astype(jnp.float32) for v in (router, bias, tokens))
         logits, experts = jax.lax.top_k(tokens @ router + bias[None], self.config.top_k)
@@ -162,14 +165,14 @@ class Experts(nnx.Module):
             expert, start = groups.find(b)
             x = tokens[jax.lax.dynamic_slice(groups.token, (start,), (groups.block,))]
             y = self._expert(x.T, layer * self.config.experts + expert).T.astype(out.dtype)
-            # What a block writes past its expert's rows is garbage that the next one overwrites.
+            # Rows that a block writes past its expert's are garbage; the next one overwrites them.
             return jax.lax.dynamic_update_slice(out, y, (start, 0))
 
         out = jnp.zeros((groups.token.size, tokens.shape[1]), tokens.dtype)
         return jax.lax.fori_loop(0, groups.blocks, run_block, out)
 
     def _expert(self, x: jax.Array, index: jax.Array) -> jax.Array:
-        """One expert on a block of tokens, `[hidden, block]`."""
+        """Applies one expert to a block of tokens, `[hidden, block]`."""
         y = self._project("gate_up", x, index)
         gate = jnp.minimum(y[0::2], self.config.limit)
         up = jnp.clip(y[1::2], -self.config.limit, self.config.limit)
@@ -177,15 +180,18 @@ class Experts(nnx.Module):
         return self._project("down", y.astype(x.dtype), index)
 
     def _project(self, name: str, x: jax.Array, index: jax.Array) -> jax.Array:
-        """`weight.T @ x + bias` of one expert in float32, `[in, block]` to `[out, block]`."""
+        """`weight.T @ x + bias` of one expert, `[in, block]` to `f32[out, block]`."""
         bias = self._flat(name + "_bias")[index].astype(jnp.float32)[:, None]
         if jax.default_backend() == "cpu":
-            x = x.astype(jnp.float32)  # its products of bfloat16 are slower, or missing
+            x = x.astype(jnp.float32)  # products of bfloat16 are slower, or missing
         multiply = self._multiply_packed if self.config.packed else self._multiply_plain
         return multiply(name, x, index, bias.size) + bias
 
     def _multiply_packed(self, name: str, x: jax.Array, index: jax.Array, size: int) -> jax.Array:
-        """By tiles of outputs, the packed layout's rows: `f32[size, block]`."""
+        """The product with a packed weight, `f32[size, block]`.
+
+        It goes by tiles of outputs, because they are the rows of the packed layout.
+        """
         tile, tiles = _tiles(size)
         blocks, scales = self._flat(name + "_blocks"), self._flat(name + "_scales")
 
@@ -202,7 +208,10 @@ class Experts(nnx.Module):
         return jax.lax.fori_loop(0, tiles, write_tile, y)
 
     def _multiply_plain(self, name: str, x: jax.Array, index: jax.Array, size: int) -> jax.Array:
-        """By tiles of inputs, the plain layout's rows: `f32[size, block]`."""
+        """The product with a plain weight, `f32[size, block]`.
+
+        It goes by tiles of inputs, because they are the rows of the plain layout.
+        """
         tile, tiles = _tiles(x.shape[0])
         weight, rows = self._flat(name), x.T
 
@@ -218,10 +227,11 @@ class Experts(nnx.Module):
         return jax.lax.fori_loop(0, tiles, add_tile, y).T
 
     def _layer(self, parameter: nnx.Param, layer: Layer) -> jax.Array:
+        """A layer's slice of a small parameter."""
         return parameter[...][layer] if self.stacked else parameter[...]
 
     def _flat(self, name: str) -> jax.Array:
-        """A weight with all layers' experts on one axis: one slice reads one expert of a layer."""
+        """A weight with the experts of all layers on one axis, so that a slice reads just one."""
         value = getattr(self, name)[...]
         return value.reshape(-1, *value.shape[2:]) if self.stacked else value
 
@@ -229,30 +239,28 @@ class Experts(nnx.Module):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Groups:
-    """Token-expert pairs in order of experts, cut into blocks of one expert each."""
+    """Token-expert pairs ordered by expert, and cut into blocks that have one expert each."""
 
-    token: (
-        jax.Array
-    )  # i32[pairs + block - 1], the token of each pair in grouped order, then padding
-    place: jax.Array  # i32[tokens, top_k], where a token's pairs stand in that order
-    first_pair: jax.Array  # i32[experts]
-    last_block: jax.Array  # i32[experts], exclusive
-    first_block: jax.Array  # i32[experts]
-    block: int = dataclasses.field(metadata=dict(static=True))  # pairs in a block
+    token: jax.Array  # i32[pairs + block - 1], each pair's token in this order, then padding
+    place: jax.Array  # i32[tokens, top_k], the index of each token's pairs in this order
+    first_pair: jax.Array  # i32[experts], index of an expert's first pair
+    last_block: jax.Array  # i32[experts], the block after an expert's last
+    first_block: jax.Array  # i32[experts], an expert's first block
+    block: int = dataclasses.field(metadata=dict(static=True))  # number of pairs in a block
 
     @property
     def blocks(self) -> jax.Array:
-        """Blocks in use; only the experts that they name are read."""
+        """Number of blocks in use. Only the experts of these blocks are read."""
         return self.last_block[-1]
 
     def find(self, b: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Block b's expert and its first pair."""
+        """Block b's expert and the index of the block's first pair."""
         expert = jnp.sum(self.last_block <= b)
         return expert, self.first_pair[expert] + (b - self.first_block[expert]) * self.block
 
 
 def group_by_expert(experts: jax.Array, count: int) -> Groups:
-    """Groups `experts`, `i32[tokens, top_k]`, of which there are `count`."""
+    """Groups the pairs of `experts`, `i32[tokens, top_k]`, numbers below `count`."""
     pairs, top_k = experts.size, experts.shape[1]
     block = block_size(experts.shape[0], pairs / count)
     flat = experts.reshape(-1)
@@ -278,17 +286,22 @@ def _expert_rows(weight: jax.Array, index: jax.Array, start: jax.Array, size: in
 
 
 def _tiles(size: int) -> tuple[int, int]:
-    """Rows of a weight that are read at a time, and how many times: all at once but on a CPU."""
+    """Rows of a weight per tile, and the number of tiles; except on a CPU one tile has all rows."""
     tile = min(size, CPU_TILE) if jax.default_backend() == "cpu" else size
     return tile, -(-size // tile)
 
 
 def block_size(tokens: int, per_expert: float) -> int:
-    """Pairs in a block, a power of two.
+    """The best number of pairs in a block, a power of two.
 
-    An expert with c pairs takes about c / block + 1 / 2 blocks, each of which costs an unpacking
-    and a product: `(c / block + 1 / 2) * (unpack + block)` is least at `sqrt(2 * c * unpack)`.
-    A token counts once for an expert, so more than all tokens are never needed.
+    An expert with c pairs has about c / block + 1 / 2 blocks. Each block costs an unpacking and a
+    product, in total `(c / block + 1 / 2) * (unpack + block)`, where `unpack` is the cost of an
+    unpacking in tokens. This is least for `block = sqrt(2 * c * unpack)`. An expert has at most one
+    pair per token, so a block never needs more pairs than there are tokens.
+
+    Args:
+      tokens: number of tokens.
+      per_expert: the mean number of pairs per expert.
     """
     best = math.sqrt(
         2 * per_expert * UNPACK_TOKENS["cpu" if jax.default_backend() == "cpu" else "gpu"]

@@ -1,6 +1,7 @@
-"""The pieces of a decoder block. Modules own weights only; the cache comes in and goes out.
+"""The pieces of a decoder block.
 
-Every parameter takes a `stack` of leading axes: `(layers,)` when blocks are scanned, `()` for one.
+Modules own weights only: the cache is an argument, and the new cache is a result. `stack` are
+leading axes of every parameter: `(layers,)` for blocks that are scanned, `()` for a single one.
 """
 
 import functools
@@ -41,15 +42,15 @@ def dot(x: jax.Array, w: jax.Array) -> jax.Array:
 
 
 def soft_cap(x: jax.Array, cap: float | None) -> jax.Array:
-    """Bounds `x` smoothly, `cap * tanh(x / cap)` (Gemma 2, arXiv:2408.00118); None leaves it."""
+    """Bounds `x` smoothly: `cap * tanh(x / cap)` (Gemma 2, arXiv:2408.00118); None for no bound."""
     return x if cap is None else cap * jnp.tanh(x / cap)
 
 
 class RMSNorm(nnx.Module):
     """`x / rms(x) * weight`, computed in float32 (arXiv:1910.07467).
 
-    With `unit_offset` the factor is `1 + weight`, the sum in float32 too: in bfloat16 it would lose
-    most of a small weight.
+    With `unit_offset` the factor is `1 + weight`. The sum is float32 as well: in bfloat16 most of a
+    small weight would be lost.
     """
 
     def __init__(self, size: int, eps: float, *, stack: Stack, dtype, unit_offset: bool):
@@ -66,7 +67,7 @@ class RMSNorm(nnx.Module):
 
 
 def make_norm(config: DecoderConfig, size: int, *, stack: Stack, dtype) -> RMSNorm:
-    """The architecture's norm of vectors of `size` numbers."""
+    """The norm that the architecture uses, for vectors of `size` numbers."""
     offset = config.unit_offset_norms
     return RMSNorm(size, config.norm_eps, stack=stack, dtype=dtype, unit_offset=offset)
 
@@ -74,8 +75,8 @@ def make_norm(config: DecoderConfig, size: int, *, stack: Stack, dtype) -> RMSNo
 class Attention(nnx.Module):
     """Grouped-query attention (arXiv:2305.13245) over a `KVCache`.
 
-    q, k and v are one matrix, `[hidden, kv_heads, group + 2, head_dim]`: one read of the
-    activations, and kv heads keep an axis of their own to shard.
+    The projections to q, k and v are one matrix, `[hidden, kv_heads, group + 2, head_dim]`, so that
+    activations are read once. The kv heads have an axis of their own, which can be sharded.
     """
 
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs, *, stack: Stack, dtype):
@@ -89,7 +90,7 @@ class Attention(nnx.Module):
         self.q_norm = norm() if config.qk_norm else None
         self.k_norm = norm() if config.qk_norm else None
         sinks = config.attention_sinks
-        self.sinks = _bias(sinks, (*stack, config.q_heads), dtype)  # logits, not keys
+        self.sinks = _bias(sinks, (*stack, config.q_heads), dtype)  # learned sink logits
         self.group = config.group
         self.scale, self.soft_cap = config.attention_scale, config.attention_soft_cap
 
@@ -102,7 +103,16 @@ class Attention(nnx.Module):
         sink_angles: Angles | None,
         backend: Backend | None,
     ) -> tuple[jax.Array, KVCache]:
-        """Attends `x`, `[batch, tokens, hidden]`; returns the same shape and the new cache."""
+        """Maps `[batch, tokens, hidden]` to the same shape; returns it and the new cache.
+
+        Args:
+          x: the tokens.
+          cache: prepared; the keys and values of `x` are written to it.
+          layer: which layer of the cache this is: its number, or a group and a place in it.
+          angles: rotation of queries and keys.
+          sink_angles: rotation of queries toward sink tokens; None if it is the same.
+          backend: backend of the attention; None picks by platform.
+        """
         qkv = dot(x, self.qkv[...])  # [batch, tokens, kv_heads, group + 2, head_dim]
         if self.qkv_bias is not None:
             qkv = qkv + self.qkv_bias[...][None, None]
@@ -129,7 +139,7 @@ class Attention(nnx.Module):
 
 
 class GatedMLP(nnx.Module):
-    """`down(act(gate(x)) * up(x))` (arXiv:2002.05202), gate and up in one matrix."""
+    """`down(act(gate(x)) * up(x))` (arXiv:2002.05202); gate and up are one matrix."""
 
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs, *, stack: Stack, dtype):
         hidden, inner = config.hidden_size, config.intermediate_size
@@ -149,7 +159,7 @@ class GatedMLP(nnx.Module):
 
 
 class Block(nnx.Module):
-    """One pre-norm transformer layer, with norms behind attention and MLP too where asked for."""
+    """One pre-norm transformer layer; `sandwich_norms` adds norms after attention and MLP."""
 
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs, *, stack: Stack = (), dtype):
         norm = lambda: make_norm(config, config.hidden_size, stack=stack, dtype=dtype)
@@ -173,7 +183,8 @@ class Block(nnx.Module):
     ) -> tuple[jax.Array, KVCache]:
         """Adds attention, then the MLP, to the residual stream `[batch, tokens, hidden]`.
 
-        `place` says which of the stacked experts are this layer's; None where none are stacked.
+        `layer` and the other arguments are those of `Attention`. `place` is this layer's index
+        among stacked experts; None if experts are not stacked.
         """
         y, cache = self.attention(
             self.attention_norm(x), cache, layer, angles, sink_angles, backend
@@ -185,7 +196,7 @@ class Block(nnx.Module):
 
 
 def make_mlp(config: DecoderConfig, rngs: nnx.Rngs, *, stack: Stack, dtype) -> "GatedMLP | Experts":
-    """What follows the attention: one MLP, or a mixture of experts."""
+    """The second half of a block: an MLP or a mixture of experts."""
     if config.experts is None:
         return GatedMLP(config, rngs, stack=stack, dtype=dtype)
     hidden, inner = config.hidden_size, config.intermediate_size

@@ -1,26 +1,26 @@
 """MXFP4 weights: 4-bit floats in blocks of 32 that share a power of two.
 
-The format is that of the OCP Microscaling Formats (MX) specification 1.0; two values to a byte, low
-nibble first, is how gpt-oss's published checkpoints pack them.
+The format is that of the OCP Microscaling Formats (MX) specification 1.0. As in gpt-oss's published
+checkpoints a byte holds two values, the earlier one in the low nibble.
 """
 
 import jax
 import jax.numpy as jnp
 
-BLOCK = 32  # values that share a scale
+BLOCK = 32  # number of values that share a scale
 BLOCK_BYTES = BLOCK // 2
-E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # by code; codes 8-15 are the negatives
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # of codes 0-7; codes 8-15 are the negatives
 
 
 def dequantize(blocks: jax.Array, scales: jax.Array, dtype) -> jax.Array:
     """Unpacks `[..., blocks, 16]` bytes to `[..., blocks * 32]` values, `e2m1 * 2**(scale - 127)`.
 
-    Exact in bfloat16 and float32, but that XLA flushes subnormal numbers: what is below `2**-126`,
-    and all of a block with scale 0, reads as 0.
+    The result is exact in bfloat16 and float32, except that XLA flushes subnormal numbers: values
+    below `2**-126`, and all values of a block with scale 0, become 0.
 
     Args:
-      blocks: `u8[..., blocks, 16]`, two values a byte, the earlier in the low nibble.
-      scales: `u8[..., blocks]`, E8M0; 255 is NaN.
+      blocks: `u8[..., blocks, 16]`, two values per byte.
+      scales: `u8[..., blocks]`, exponents in the format E8M0; 255 is NaN.
       dtype: of the result.
     """
     table = jnp.array([*E2M1, *(-value for value in E2M1)], jnp.float32)
@@ -32,13 +32,13 @@ def dequantize(blocks: jax.Array, scales: jax.Array, dtype) -> jax.Array:
 def multiply(blocks: jax.Array, scales: jax.Array, x: jax.Array) -> jax.Array:
     """`dequantize(blocks, scales) @ x`, summed in float32; weights below `2**-112` count as 0.
 
-    Low and high nibbles multiply the even and the odd rows of `x`: to interleave them, as
-    `dequantize` does, takes a CPU ten times as long as the product.
+    Low nibbles are multiplied by the even rows of `x`, high nibbles by the odd rows. Interleaving
+    the weights instead, as `dequantize` does, takes a CPU ten times as long as the product.
 
     Args:
       blocks: `u8[rows, blocks, 16]`.
       scales: `u8[rows, blocks]`.
-      x: `[blocks * 32, columns]`; its dtype is that in which weights are multiplied.
+      x: `[blocks * 32, columns]`; weights are cast to its dtype.
 
     Returns:
       `f32[rows, columns]`.
@@ -55,9 +55,9 @@ def multiply(blocks: jax.Array, scales: jax.Array, x: jax.Array) -> jax.Array:
 def _small_e2m1(codes: jax.Array) -> jax.Array:
     """Values of the codes in the high nibbles of bytes, times `2**-14`, in float32.
 
-    A code is a short float16: with its sign, exponent and mantissa moved to that format's places
-    (all in the high byte) it reads `2**-14` of its value, subnormals included. This vectorises; a
-    lookup goes value by value on a CPU.
+    A code has a sign, an exponent and a mantissa. Moved to the places of these fields in a float16,
+    all in its high byte, they give a float16 of `2**-14` times the code's value; this holds for
+    subnormal values, too. A CPU vectorises it, whereas it looks values up one by one.
     """
     high = (codes & 0x80) | (codes >> 3 & 0x0E)
     bits = high.astype(jnp.uint16) << 8

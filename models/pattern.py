@@ -1,4 +1,4 @@
-"""Where the layers of a repeating pattern stand in a cache's groups."""
+"""Finds the layers of a repeating pattern in the groups of a cache."""
 
 import dataclasses
 
@@ -7,18 +7,18 @@ from jaxkv import CacheConfig
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """A place of the pattern: in repeat `r` it is layer `first + r * stride` of `group`."""
+    """A place of the pattern. Its layer in repeat `r` is number `first + r * stride` of `group`."""
 
     group: int
     first: int
-    stride: int  # places of the pattern that share the group
+    stride: int  # how many places of the pattern share the group
 
 
 def pattern_places(cache: CacheConfig, period: int, repeats: int) -> list[Place]:
-    """Finds the place of each of the first `period` layers, which repeat `repeats` times.
+    """Finds the `period` places of a pattern that repeats `repeats` times.
 
     Raises:
-      ValueError: the cache keeps layers differently that the pattern takes to be alike.
+      ValueError: the cache keeps layers in different ways that stand at one place of the pattern.
     """
     located = [cache.locate(layer) for layer in range(period * repeats)]
     groups = [group for group, _ in located[:period]]

@@ -1,4 +1,4 @@
-"""Decoders of random weights in published shapes: for measuring speed where no checkpoint is."""
+"""Models of random weights in published shapes, for measuring speed without a checkpoint."""
 
 import functools
 
@@ -8,6 +8,7 @@ from flax import nnx
 
 from models.config import DecoderConfig
 from models.decoder import Decoder
+from models.platform_defaults import dtype_or_default, scan_or_default
 from models.rope import make_rope
 
 
@@ -33,11 +34,27 @@ SHAPES = {
 }
 
 
-def named_shape(name: str) -> DecoderConfig:
-    """The sizes that `SHAPES` keeps under a name.
+def random_model(shape: str, *, dtype: str | None = None, scan: bool | None = None) -> Decoder:
+    """Makes a model of random weights, for measuring speed without a checkpoint.
+
+    Args:
+      shape: "llama3-8b", "llama3-1b" or "tiny".
+      dtype: as in `models.load`.
+      scan: as in `models.load`.
 
     Raises:
-      ValueError: there is no such name; lists those there are.
+      ValueError: there is no such shape.
+    """
+    return draw_decoder(
+        named_shape(shape), dtype=dtype_or_default(dtype), scan=scan_or_default(scan)
+    )
+
+
+def named_shape(name: str) -> DecoderConfig:
+    """The config that `SHAPES` has under a name.
+
+    Raises:
+      ValueError: there is no such name; the message lists the known ones.
     """
     if name not in SHAPES:
         raise ValueError(f"shape {name!r} must be one of {', '.join(SHAPES)}.")
@@ -45,9 +62,10 @@ def named_shape(name: str) -> DecoderConfig:
 
 
 def draw_decoder(config: DecoderConfig, *, dtype: str, scan: bool) -> Decoder:
-    """Builds the model and draws every matrix on the device; norms are ones.
+    """Builds the model and draws on the device every array of two axes or more; others are ones.
 
-    One small program for each shape, not one for the model, which would take minutes to compile.
+    Each shape of array gets a small program of its own: one program for the whole model would
+    take minutes to compile.
     """
     abstract = nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(0), scan=scan, dtype=dtype))
     graph, state = nnx.split(abstract)

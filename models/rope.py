@@ -1,8 +1,8 @@
 """Rotary position embedding (RoFormer, arXiv:2104.09864) with the published frequency scalings.
 
-Angles stay within 1e-3 rad up to position 10^7: float32 `position * frequency` alone is off by
-0.06 rad at 10^6, so the position is split into digits of base 256, and each digit's step is
-reduced mod 2 pi beforehand, in float64.
+A product `position * frequency` in float32 is off by 0.06 rad at position 10^6. We therefore split
+the position into digits of base 256, and reduce the angle of one unit of each digit mod 2 pi
+beforehand, in float64. This keeps angles within 1e-3 rad up to position 10^7.
 """
 
 import dataclasses
@@ -25,34 +25,35 @@ POSITIVE = (
     "beta_slow",
     "attention_factor",
 )
-YARN_OPTIONAL = ("beta_fast", "beta_slow", "attention_factor")  # null is as good as missing
+YARN_OPTIONAL = ("beta_fast", "beta_slow", "attention_factor")  # null counts as missing
 KINDS = ("default", "linear", "llama3", "yarn")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rope:
-    """Rotation of one kind of layer."""
+    """The rotation of queries and keys in one kind of layer."""
 
-    frequencies: tuple[float, ...]  # head_dim / 2 of them, radians per token, fastest first
-    scale: float = 1.0  # of rotated queries and keys, so of scores twice (YaRN's temperature)
+    frequencies: tuple[float, ...]  # head_dim / 2 of them, in radians per token, fastest first
+    scale: float = 1.0  # multiplies queries and keys, so scores twice (YaRN's temperature)
 
     @property
     def steps(self) -> np.ndarray:
-        """`f32[digits, head_dim / 2]`: angle of one unit of each digit, within +-pi."""
+        """`f32[digits, head_dim / 2]`: the angle of one unit of each digit, within +-pi."""
         step = np.outer(float(DIGIT) ** np.arange(DIGITS), np.asarray(self.frequencies))
         return (step - 2 * np.pi * np.round(step / (2 * np.pi))).astype(np.float32)
 
 
 def make_rope(head_dim: int, parameters: dict) -> Rope:
-    """Builds frequencies from a checkpoint's `rope_parameters`.
+    """Computes the frequencies from a checkpoint's `rope_parameters`.
 
     Args:
-      head_dim: channels that are rotated, an even number.
-      parameters: `rope_type` ("default", "linear", "llama3", "yarn", or "factors" with explicit
-        divisors, as GGUF files have them), `rope_theta`, and what the type needs.
+      head_dim: number of channels that are rotated, an even number.
+      parameters: `rope_type`, `rope_theta`, and the parameters that the type needs. Types are
+        "default", "linear", "llama3", "yarn", and "factors" (GGUF files), whose parameter
+        "factors" lists a divisor per frequency.
 
     Raises:
-      ValueError: an unknown type, or a parameter that is missing or no number above 0.
+      ValueError: the type is unknown, or a parameter is missing or out of range.
     """
     kind = parameters.get("rope_type", "default")
     for name, value in parameters.items():
@@ -87,7 +88,7 @@ def make_rope(head_dim: int, parameters: dict) -> Rope:
 
 
 def _llama3(frequency: np.ndarray, parameters: dict) -> np.ndarray:
-    """Llama 3.1: long wavelengths are stretched by `factor`, short ones kept, others mixed."""
+    """Llama 3.1: long wavelengths are stretched by `factor`, short ones kept; between is a mix."""
     low, high = parameters["low_freq_factor"], parameters["high_freq_factor"]
     turns = parameters["original_max_position_embeddings"] * frequency / (2 * math.pi)
     kept = np.clip((turns - low) / (high - low), 0, 1)
@@ -95,15 +96,16 @@ def _llama3(frequency: np.ndarray, parameters: dict) -> np.ndarray:
 
 
 def _yarn(frequency: np.ndarray, theta: float, parameters: dict) -> np.ndarray:
-    """YaRN (arXiv:2309.00071): channels of many turns are kept, of few stretched by `factor`.
+    """YaRN (arXiv:2309.00071): fast frequencies are kept, slow ones are divided by `factor`.
 
-    Channel pairs between those that turn `beta_fast` and `beta_slow` times in the original context
-    are mixed linearly by their number; `truncate` widens that range to whole pairs.
+    Fast are channel pairs that turn more than `beta_fast` times in the original context, slow those
+    that turn less than `beta_slow` times. In between the share of the two results changes linearly
+    with the index of the pair. `truncate` rounds the ends of that range outward to whole indices.
     """
     pairs, factor = len(frequency), parameters["factor"]
     context = parameters["original_max_position_embeddings"]
 
-    def pair_of(turns: float) -> float:  # the pair, not whole, that turns so often
+    def pair_of(turns: float) -> float:  # the fractional index of the pair with that many turns
         return pairs * math.log(context / (turns * 2 * math.pi)) / math.log(theta)
 
     low = pair_of(parameters.get("beta_fast") or 32)
@@ -111,13 +113,17 @@ def _yarn(frequency: np.ndarray, theta: float, parameters: dict) -> np.ndarray:
     if parameters.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, 2 * pairs - 1)
-    high = high if high != low else low + 1e-3  # a step, as published code has it
+    high = high if high != low else low + 1e-3  # no division by 0, as in the published code
     stretched = np.clip((np.arange(pairs) - low) / (high - low), 0, 1)
     return frequency * (1 - stretched) + frequency / factor * stretched
 
 
 def _yarn_scale(parameters: dict) -> float:
-    """`attention_factor`, or the paper's `0.1 ln(factor) + 1`, weighted as DeepSeek does."""
+    """`attention_factor` if given, else the paper's `0.1 ln(factor) + 1`.
+
+    DeepSeek's `mscale` and `mscale_all_dim` weigh the logarithm; the scale is then the quotient of
+    the two results.
+    """
     if (given := parameters.get("attention_factor")) is not None:
         return float(given)
     temperature = lambda weight: 0.1 * weight * math.log(max(parameters["factor"], 1)) + 1
@@ -126,9 +132,9 @@ def _yarn_scale(parameters: dict) -> float:
 
 
 def angles(rope: Rope, position: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine, `f32[..., head_dim / 2]`, of positions `i32[...]`, not negative.
+    """Cosine and sine, `f32[..., head_dim / 2]`, of the angles at positions `i32[...]`.
 
-    Both are multiplied by `rope.scale`.
+    Positions must not be negative. Both results are multiplied by `rope.scale`.
     """
     shape = (1,) * position.ndim + (len(rope.frequencies),)
 
@@ -139,8 +145,9 @@ def angles(rope: Rope, position: jax.Array) -> tuple[jax.Array, jax.Array]:
             angle = angle + digit[..., None].astype(jnp.float32) * step.reshape(shape)
         return rope.scale * jnp.cos(angle), rope.scale * jnp.sin(angle)
 
-    # A branch for two reasons: most positions have two digits, and what leaves a branch is an
-    # array. Left to itself XLA's CPU code works cosines out again for every layer and head.
+    # There are two reasons for the branch. Most positions have only two digits. And results of a
+    # branch are stored as arrays: without it XLA's code for CPUs recomputes the cosines for every
+    # layer and head.
     near = jnp.max(position) < DIGIT**2
     return jax.lax.cond(near, functools.partial(turn, 2), functools.partial(turn, DIGITS), position)
 

@@ -28,8 +28,8 @@ from rich.console import Console
 from rich.progress import track
 
 from jaxkv.codecs import get_codec
-from models.checkpoints.errors import one_line
-from models.smollm2 import cache_folder
+from models.checkpoints.fetch_smollm2 import cache_folder
+from models.errors import one_line
 from pallas_kernels.backends import Backend
 from pallas_kernels.paged_attention import BACKENDS
 from scripts.command import keep_compiled_programs, run_command

@@ -21,7 +21,7 @@ from rich.progress import track
 import jaxkv
 import models
 from jaxkv.codecs import get_codec
-from models.smollm2 import cache_folder
+from models.checkpoints.fetch_smollm2 import cache_folder
 from scripts.command import keep_compiled_programs, run_command
 from scripts.plan import make_table
 

@@ -18,7 +18,7 @@ import tyro
 
 import models
 from jaxkv import CacheConfig, Keep, KVCache
-from models.checkpoints.errors import one_line
+from models.errors import one_line
 from scripts.command import run_command
 
 UNREADABLE = (ValueError, TypeError, KeyError, OSError, EOFError)  # what np.load can raise

@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 import tyro
 
-from models.checkpoints.errors import one_line
+from models.errors import one_line
 
 
 def run_command(main: Callable, args_type: type) -> None:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
 
-from models.checkpoints.errors import one_line
+from models.errors import one_line
 from pallas_kernels.pages import ExactPages
 from scripts.decode_problems import (
     EXACT_DTYPE,

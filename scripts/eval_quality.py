@@ -23,9 +23,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 import jaxkv
 import models
 from jaxkv.codecs import KVCodec, codec_names, get_codec
-from models.checkpoints.errors import one_line
-from models.loaders import architecture_config
-from models.smollm2 import cache_folder
+from models.checkpoints.fetch_smollm2 import cache_folder
+from models.errors import one_line
+from models.families.architectures import architecture_config
 from scripts.command import keep_compiled_programs, run_command
 from scripts.plan import Codecs, choose_codecs, make_table
 from scripts.texts import read_text

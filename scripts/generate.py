@@ -18,8 +18,8 @@ from rich.table import Table
 import jaxkv
 import models
 from jaxkv.codecs import codec_names, get_codec
-from models.harmony import HarmonyStream, answer_stream
-from models.smollm2 import cache_folder
+from models.checkpoints.fetch_smollm2 import cache_folder
+from models.text.harmony import HarmonyStream, answer_stream
 from scripts.command import keep_compiled_programs, run_command
 
 Texts = Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="TEXT")]

@@ -20,8 +20,8 @@ from rich.table import Table
 import jaxkv
 import models
 from jaxkv.codecs import KVCodec, codec_names, get_codec
-from models.checkpoints.errors import read_json_object
-from models.loaders import architecture_config
+from models.errors import read_json_object
+from models.families.architectures import architecture_config
 from scripts.command import run_command
 
 Codecs = Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="NAME")]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from models import CheckpointError
-from models.smollm2 import fetch_smollm2
+from models.checkpoints.fetch_smollm2 import fetch_smollm2
 
 README = Path(__file__).parents[1] / "README.md"
 EXAMPLES = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)

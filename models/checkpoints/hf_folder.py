@@ -1,7 +1,8 @@
 """Reads a Hugging Face folder: config.json and safetensors, one file or shards with an index.
 
-The safetensors format is a length, a JSON header and raw little-endian data. It is mapped here
-directly: shapes come without reading, and bfloat16 and float8 need no torch.
+A safetensors file is a length, a JSON header and raw little-endian data. We map it ourselves
+instead of using the `safetensors` package: shapes are known before any weight is read, and
+bfloat16 and float8 need no torch.
 """
 
 import functools
@@ -13,8 +14,10 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from models.checkpoints.checkpoint import Checkpoint, LazyTensor, map_file, release_pages
-from models.checkpoints.errors import CheckpointError, one_line, read_json_object
+from models.checkpoints.checkpoint import Checkpoint, LazyTensor
+from models.checkpoints.mapped_file import map_file, release_pages
+from models.errors import CheckpointError, one_line, read_json_object
+from models.text.hf_tokenizer import read_hf_tokenizer
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -39,10 +42,10 @@ _DTYPES: dict[str, Any] = {
 
 
 def open_hf_folder(folder: Path) -> Checkpoint:
-    """Opens a folder as `from_pretrained` reads it.
+    """Opens a folder of the kind that transformers' `from_pretrained` reads.
 
     Raises:
-      CheckpointError: a file is missing, truncated or no valid JSON; a shard lacks a tensor.
+      CheckpointError: a file is missing, truncated or not valid JSON; a shard lacks a tensor.
     """
     config = read_json_object(folder / "config.json")
     if (folder / SINGLE_FILE).exists():
@@ -51,20 +54,14 @@ def open_hf_folder(folder: Path) -> Checkpoint:
         tensors = _open_shards(folder / INDEX_FILE)
     else:
         raise CheckpointError(f"{folder}: has neither {SINGLE_FILE} nor {INDEX_FILE}.")
-
-    def load_tokenizer():
-        from models.tokenizer import Tokenizer
-
-        return Tokenizer.from_hf_folder(folder)
-
-    return Checkpoint(folder, config, tensors, load_tokenizer)
+    return Checkpoint(folder, config, tensors, functools.partial(read_hf_tokenizer, folder))
 
 
 def open_safetensors(path: Path) -> dict[str, LazyTensor]:
-    """Maps one safetensors file; the file's size must be what its header says.
+    """Maps one safetensors file, whose size must agree with its header.
 
     Raises:
-      CheckpointError: missing, truncated, or not a safetensors file.
+      CheckpointError: the file is missing, truncated, or not a safetensors file.
     """
     data = map_file(path)
     header_bytes = int(data[:8].view("<u8")[0]) if len(data) >= 8 else 0
@@ -95,7 +92,7 @@ def open_safetensors(path: Path) -> dict[str, LazyTensor]:
 
 
 def _parse_entry(entry: dict[str, Any]) -> tuple[str, tuple[int, ...], int, int]:
-    """Checks one header entry: dtype known, shape and byte range agree."""
+    """Dtype, shape, first byte and end of a tensor; ValueError if they contradict each other."""
     dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
     if dtype not in _DTYPES:
         raise ValueError(f"unknown {dtype=}")
@@ -107,7 +104,7 @@ def _parse_entry(entry: dict[str, Any]) -> tuple[str, tuple[int, ...], int, int]
 
 
 def _open_shards(index_path: Path) -> dict[str, LazyTensor]:
-    """Opens every shard that the index names; only tensors of the index are kept."""
+    """Opens every shard that the index names; tensors that it does not list are left out."""
     weight_map = read_json_object(index_path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index_path}: must have a 'weight_map' of tensor names to files.")

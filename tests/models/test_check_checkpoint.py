@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import models
-from models.loaders import architecture_config
+from models.families.architectures import architecture_config
 from scripts import check_checkpoint
 from scripts.command import run_command
 from tests.models.numpy_llama import make_config, write_folder

@@ -13,7 +13,7 @@ import jaxkv
 import models
 from jaxkv.codecs import codec_names
 from models.decoder import Decoder
-from models.loaders import architecture_config
+from models.families.architectures import architecture_config
 from models.pattern import Place, pattern_places
 from tests.jaxkv.test_cache_memory import assert_in_place
 from tests.models.numpy_mixed import FULL, SLIDING, gemma_config, gpt_oss_config

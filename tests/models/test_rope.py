@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.checkpoints import CheckpointError
-from models.loaders import architecture_config
+from models.errors import CheckpointError
+from models.families.architectures import architecture_config
 from models.rope import angles, make_rope, rotate
 from tests.models import numpy_llama, numpy_mixed
 from tests.models.numpy_llama import make_config

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from gguf.quants import dequantize, quantize
 
-from models.checkpoints import CheckpointError, open_checkpoint
 from models.checkpoints.gguf_header import read_gguf_header
+from models.checkpoints.open import open_checkpoint
+from models.errors import CheckpointError
 
 HEADS, KV_HEADS, HEAD_DIM, HIDDEN, FFN, VOCAB = 4, 2, 8, 32, 64, 24
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from models.checkpoints import CheckpointError, open_checkpoint
+from models.checkpoints.open import open_checkpoint
+from models.errors import CheckpointError
 
 WEIGHTS = {
     "model.embed_tokens.weight": np.arange(12, dtype=np.float32).reshape(4, 3),

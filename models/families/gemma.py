@@ -1,16 +1,17 @@
-"""Gemma 2 and 3, text (arXiv:2408.00118, arXiv:2503.19786).
+"""The text models of Gemma 2 (arXiv:2408.00118) and Gemma 3 (arXiv:2503.19786).
 
-Sliding layers between full ones, norms of `1 + weight` before and behind attention and MLP, scaled
-embeddings, a tied head. Gemma 2 bounds scores and logits; Gemma 3 normalises queries and keys
-instead and rotates sliding layers by a base of their own.
+In both, some layers have a sliding window and others see everything; norms multiply by
+`1 + weight` and stand before and after attention and MLP; embeddings are scaled; the head is tied.
+Gemma 2 bounds scores and logits. Gemma 3 normalises queries and keys instead, and its sliding
+layers have a rotation of their own.
 """
 
-from models.checkpoints import CheckpointError
 from models.config import DecoderConfig
-from models.hf_config import (
+from models.errors import CheckpointError
+from models.families.hf_config import (
     FULL,
     SLIDING,
-    common,
+    build_config,
     every_nth_full,
     layer_types,
     layer_windows,
@@ -19,7 +20,7 @@ from models.hf_config import (
     whole,
 )
 
-# What published files leave out (gemma-3-4b-it's gives three sizes): transformers' defaults.
+# transformers' defaults. Published files rely on them; that of gemma-3-4b-it gives three sizes.
 _DEFAULTS = {
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
@@ -40,7 +41,8 @@ GEMMA2_DEFAULTS = _DEFAULTS | {
 GEMMA3_DEFAULTS = _DEFAULTS | {"vocab_size": 262_208, "max_position_embeddings": 131_072}
 GLOBAL_THETA, LOCAL_THETA = 1_000_000.0, 10_000.0
 
-# Parts of multimodal Gemma 3 checkpoints that text does not pass through: they are not loaded.
+# Starts of the names of tensors that multimodal Gemma 3 checkpoints have for images. Text does not
+# use them, so they are not loaded.
 IMAGE_TENSORS = (
     "vision_tower.",
     "multi_modal_projector.",
@@ -50,7 +52,7 @@ IMAGE_TENSORS = (
 
 
 def gemma2_config(hf: dict) -> DecoderConfig:
-    """Reads a `config.json` with `model_type` "gemma2"; CheckpointError if it can't be one."""
+    """Reads a `config.json` with `model_type` "gemma2"; CheckpointError if it is invalid."""
     hf = GEMMA2_DEFAULTS | hf
     types = layer_types(hf, every_nth_full(hf, 2))
     return _gemma(
@@ -59,9 +61,9 @@ def gemma2_config(hf: dict) -> DecoderConfig:
 
 
 def gemma3_config(hf: dict) -> DecoderConfig:
-    """Reads a `config.json` with `model_type` "gemma3_text"; CheckpointError if it can't be one.
+    """Reads a `config.json` with `model_type` "gemma3_text"; CheckpointError if it is invalid.
 
-    No published Gemma 3 bounds scores; `attn_logit_softcapping` has no effect, as in transformers.
+    `attn_logit_softcapping` is ignored, as in transformers: no published Gemma 3 bounds scores.
     """
     hf = GEMMA3_DEFAULTS | hf
     pattern = whole(hf, "sliding_window_pattern", whole(hf, "_sliding_window_pattern", 6))
@@ -80,12 +82,14 @@ def gemma3_multimodal_config(hf: dict) -> DecoderConfig:
 
 
 def _gemma(hf: dict, types: tuple[str, ...], **own) -> DecoderConfig:
-    """What the two have in common."""
+    """Builds the config from the keys that Gemma 2 and Gemma 3 share."""
     if hf.get("use_bidirectional_attention"):
         raise CheckpointError("config.json: use_bidirectional_attention=True is not supported.")
-    whole(hf, "sliding_window")  # null would leave sliding layers without a rule
+    whole(
+        hf, "sliding_window"
+    )  # must be a number: null would leave sliding layers without a window
     bias = hf.get("attention_bias", False)
-    return common(
+    return build_config(
         hf,
         windows=layer_windows(hf, types),
         activation="gelu_pytorch_tanh",
@@ -101,13 +105,13 @@ def _gemma(hf: dict, types: tuple[str, ...], **own) -> DecoderConfig:
 
 
 def _ropes(hf: dict) -> tuple[dict, dict]:
-    """Gemma 3's rotations of full and of sliding layers, from new or old keys."""
+    """Parameters of Gemma 3's rotation of full and of sliding layers, from new or old keys."""
     new = hf.get("rope_parameters")
     if isinstance(new, dict) and set(new) & {FULL, SLIDING}:
         if unknown := set(new) - {FULL, SLIDING}:
             raise CheckpointError(f"config.json: rope_parameters has {sorted(unknown)}.")
         read = lambda kind, theta: rope_parameters({"rope_parameters": new.get(kind)}, theta=theta)
         return read(FULL, GLOBAL_THETA), read(SLIDING, LOCAL_THETA)
-    # Older files scale the full layers alone.
+    # In older files the scaling applies to the full layers alone.
     theta = number(hf, "rope_local_base_freq", LOCAL_THETA)
     return rope_parameters(hf, theta=GLOBAL_THETA), {"rope_theta": theta}

@@ -1,12 +1,12 @@
-"""Answers in channels: what is shown and what is kept, however the tokens come in."""
+"""Answers in channels are shown and kept the same, however the tokens are split up."""
 
 import pytest
 import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models.harmony import HarmonyStream, Message, answer_stream
-from models.tokenizer import TextStream, Tokenizer
+from models.text.harmony import HarmonyStream, Message, answer_stream
+from models.text.tokenizer import TextStream, Tokenizer
 
 MARKS = ("start", "end", "message", "channel", "constrain", "return", "call")
 PROMPT = "<|start|>user<|message|>Hi<|end|><|start|>assistant"

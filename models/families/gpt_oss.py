@@ -1,10 +1,14 @@
-"""gpt-oss (arXiv:2508.10925): learned sinks, every other layer slides, a mixture of experts."""
+"""gpt-oss (arXiv:2508.10925).
 
-from models.checkpoints import CheckpointError
+Attention has learned sinks, every other layer has a sliding window, and a mixture of experts takes
+the place of the MLP.
+"""
+
 from models.config import DecoderConfig
+from models.errors import CheckpointError
 from models.experts import ExpertsConfig
-from models.hf_config import (
-    common,
+from models.families.hf_config import (
+    build_config,
     every_nth_full,
     layer_types,
     layer_windows,
@@ -15,8 +19,8 @@ from models.hf_config import (
 from models.mxfp4 import BLOCK
 
 THETA = 150_000.0
-MXFP4 = "mxfp4"  # of `quantization_config`; without one the experts are plain matrices
-# Both published models have this; files that say nothing mean it (transformers).
+MXFP4 = "mxfp4"  # `quant_method` of packed experts; files without one have plain matrices
+# Both published models use this. transformers assumes it for files that give no rope parameters.
 YARN = {
     "rope_type": "yarn",
     "factor": 32.0,
@@ -28,7 +32,7 @@ YARN = {
 
 
 def decoder_config(hf: dict) -> DecoderConfig:
-    """Reads a `config.json` with `model_type` "gpt_oss"; CheckpointError if it can't be one."""
+    """Reads a `config.json` with `model_type` "gpt_oss"; CheckpointError if it is invalid."""
     hf = {"head_dim": 64, "rms_norm_eps": 1e-5, "attention_bias": True} | hf
     bias = hf["attention_bias"]
     if not (hf.get("rope_parameters") or hf.get("rope_scaling")):
@@ -43,7 +47,7 @@ def decoder_config(hf: dict) -> DecoderConfig:
         limit=number(hf, "swiglu_limit", 7.0),
         packed=bool(hf.get("quantization_config")),
     )
-    config = common(
+    config = build_config(
         hf,
         windows=layer_windows(hf, layer_types(hf, every_nth_full(hf, 2))),
         rope=rope_parameters(hf, theta=THETA),

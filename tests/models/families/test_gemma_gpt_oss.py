@@ -10,13 +10,13 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import models
-from models.checkpoints import CheckpointError
-from models.loaders import architecture_config
+from models.errors import CheckpointError
+from models.families.architectures import architecture_config
 from scripts import check_checkpoint
 from tests.models.numpy_mixed import FULL, SLIDING, YARN, gemma_config, gpt_oss_config, write_folder
 
-ORACLES = Path(__file__).parents[1] / "oracles"
-# Float32 rounding of logits whose deviation is near 1; what is wrong is off by more than 1e-3.
+ORACLES = Path(__file__).parents[2] / "oracles"
+# Float32 rounding of logits whose deviation is near 1; a wrong model is off by more than 1e-3.
 ROUNDING = 1e-4
 
 

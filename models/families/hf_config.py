@@ -1,18 +1,20 @@
-"""Reads a Hugging Face `config.json` into a `DecoderConfig`: what the architectures share."""
+"""Reads the keys of a Hugging Face `config.json` that several architectures share.
+
+Here and in the architectures' files `hf` is the content of a config.json.
+"""
 
 from collections.abc import Sequence
 
-from models.checkpoints import CheckpointError
 from models.config import Activation, DecoderConfig
+from models.errors import CheckpointError
 from models.rope import make_rope
 
-# Missing in old config files; transformers' defaults.
-DEFAULT_THETA = 10000.0
+DEFAULT_THETA = 10000.0  # transformers' default, for old files that do not give `rope_theta`
 SLIDING, FULL = "sliding_attention", "full_attention"
 ACTIVATIONS: dict[str, Activation] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 
 
-def common(
+def build_config(
     hf: dict,
     *,
     windows: tuple[int | None, ...],
@@ -22,19 +24,19 @@ def common(
     quantization: str | None = None,
     **own,
 ) -> DecoderConfig:
-    """Builds the config from the keys that every architecture has, and `own` fields beside them.
+    """Builds the config from the keys that every architecture has, and from `own` fields.
 
     Args:
-      hf: the file.
-      windows: of each layer.
-      activation: what the file must name, as it names it.
+      hf: content of the config.json.
+      windows: the window of each layer, None for layers without one.
+      activation: Hugging Face's name of the activation; the file must give this one or none.
       rope: parameters of the rotation; None reads the usual keys.
-      local_rope: parameters for the layers with a window, where they differ.
-      quantization: the kind of packed weights that is supported.
+      local_rope: parameters for the layers with a window; None if they are rotated like the others.
+      quantization: the `quant_method` that is supported; None if the architecture has none.
       own: further fields of `DecoderConfig`.
 
     Raises:
-      CheckpointError: a key is missing, or a value can't be.
+      CheckpointError: a key is missing, or a value is invalid.
     """
     q_heads = whole(hf, "num_attention_heads")
     kv_heads = whole(hf, "num_key_value_heads", q_heads)
@@ -81,7 +83,7 @@ def common(
 
 
 def whole(hf: dict, key: str, *default):
-    """A size, at least 1; with a `default` it may be missing or null."""
+    """A whole number, at least 1. If it is missing or null: `default`, or an error without one."""
     value = hf.get(key)
     if value is None:
         if default:
@@ -93,7 +95,7 @@ def whole(hf: dict, key: str, *default):
 
 
 def number(hf: dict, key: str, *default):
-    """A number above 0; with a `default` it may be missing or null."""
+    """A number above 0. If it is missing or null: `default`, or an error without one."""
     value = hf.get(key)
     if value is None:
         if default:
@@ -105,7 +107,10 @@ def number(hf: dict, key: str, *default):
 
 
 def rope_parameters(hf: dict, *, theta: float = DEFAULT_THETA) -> dict:
-    """One rope description, from the new (`rope_parameters`) or the old keys."""
+    """Parameters for `make_rope`, from the key `rope_parameters` or, in old files, `rope_scaling`.
+
+    `theta` is used if the file gives no `rope_theta`.
+    """
     found = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
     if not isinstance(found, dict):
         raise CheckpointError(f"config.json: rope parameters must be an object, not {found!r}.")
@@ -123,7 +128,7 @@ def rope_parameters(hf: dict, *, theta: float = DEFAULT_THETA) -> dict:
 
 
 def layer_types(hf: dict, default: Sequence[str]) -> tuple[str, ...]:
-    """Each layer's kind of attention; older files do not tell, then it is `default`."""
+    """Each layer's kind of attention, `SLIDING` or `FULL`; `default` if the file does not say."""
     layers = whole(hf, "num_hidden_layers")
     types = hf.get("layer_types")
     types = default if types is None else types
@@ -138,19 +143,19 @@ def layer_types(hf: dict, default: Sequence[str]) -> tuple[str, ...]:
 
 
 def every_nth_full(hf: dict, n: int) -> list[str]:
-    """Kinds of the layers where every n-th is full and the others slide."""
+    """The kind of each layer of a model in which every n-th layer is full, the others sliding."""
     layers = range(1, whole(hf, "num_hidden_layers") + 1)
     return [SLIDING if layer % n else FULL for layer in layers]
 
 
 def layer_windows(hf: dict, types: Sequence[str]) -> tuple[int | None, ...]:
-    """Each layer's window; in sliding layers it is `sliding_window`, null for no window."""
+    """Each layer's window: None in full layers; `sliding_window`, also None if null, in sliding."""
     window = whole(hf, "sliding_window", None)
     return tuple(window if kind == SLIDING else None for kind in types)
 
 
 def as_ids(ids: int | list[int] | None) -> tuple[int, ...]:
-    """Token ids from the three forms that configs use."""
+    """Token ids as a tuple; configs give one id, a list, or null."""
     if ids is None:
         return ()
     ids = ids if isinstance(ids, list | tuple) else [ids]

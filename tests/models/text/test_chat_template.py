@@ -1,11 +1,11 @@
-"""Chat templates: what transformers' renderer offers them, and what is refused."""
+"""Chat templates get all that transformers' renderer offers them; broken ones are refused."""
 
 import datetime
 
 import pytest
 
-from models.chat_template import render_chat
-from models.checkpoints import CheckpointError
+from models.errors import CheckpointError
+from models.text.chat_template import render_chat
 
 SPECIAL = {"bos_token": "<bos>", "eos_token": "<eos>"}
 CHATML = (

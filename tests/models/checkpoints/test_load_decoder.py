@@ -12,14 +12,17 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 import models
-from models.checkpoints import Checkpoint, CheckpointError, LazyTensor, open_checkpoint
+from models.checkpoints.checkpoint import Checkpoint, LazyTensor
+from models.checkpoints.load_decoder import load_decoder
+from models.checkpoints.open import open_checkpoint
+from models.checkpoints.tensor_names import check_names, find_prefix, recipe_table, transposed
 from models.decoder import Decoder
-from models.loaders import architecture_config, check_names, find_prefix, load_decoder
-from models.recipes import recipe_table, transposed
+from models.errors import CheckpointError
+from models.families.architectures import architecture_config
 from tests.models import numpy_llama, numpy_mixed
 from tests.models.numpy_mixed import gemma_config, gpt_oss_config
 
-DATA = Path(__file__).parents[1] / "data"
+DATA = Path(__file__).parents[2] / "data"
 # Made by transformers 5.24.0 on torch's meta device, which holds no weights; the experts' names and
 # shapes are those of the published MXFP4 files, Gemma's begin as google's files do.
 PUBLISHED = json.loads((DATA / "published_tensors.json").read_text())
@@ -223,7 +226,7 @@ def test_weights_do_not_lie_in_the_file(tmp_path):
     model = models.load(tmp_path, dtype="float32")
     before = np.array(model.embedding[...])
     path = tmp_path / "model.safetensors"
-    with path.open("r+b") as file:  # the map shows what is written
+    with path.open("r+b") as file:  # a mapped file changes with it
         file.seek(-path.stat().st_size // 2, 2)
         file.write(b"\xff" * (path.stat().st_size // 2))
     np.testing.assert_array_equal(model.embedding[...], before)

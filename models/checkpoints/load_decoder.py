@@ -1,0 +1,117 @@
+"""Fills a `Decoder` from a checkpoint, tensor by tensor, without holding the model twice."""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from models.checkpoints.checkpoint import Checkpoint
+from models.checkpoints.tensor_names import (
+    ParameterPath,
+    Recipe,
+    check_names,
+    find_prefix,
+    recipe_table,
+    tensor_names,
+)
+from models.decoder import Decoder
+from models.errors import CheckpointError
+from models.families.architectures import architecture_config
+
+Progress = Callable[[int, int], None]  # bytes of weights read so far, bytes there are in all
+
+
+def load_decoder(
+    checkpoint: Checkpoint,
+    *,
+    dtype: str,
+    scan: bool,
+    progress: Progress | None = None,
+) -> Decoder:
+    """Builds the model and fills every parameter.
+
+    Beside the model itself, memory of the host holds about one tensor: files are mapped, the
+    memory of a tensor that has been read is given back, and a stack of layers is filled in place,
+    layer by layer.
+
+    Raises:
+      CheckpointError: an unknown architecture, or a tensor that is missing, left over, or of the
+        wrong shape or type. The message names it.
+    """
+    config = architecture_config(checkpoint.config)
+    recipes = recipe_table(config, find_prefix(checkpoint))
+    check_names(checkpoint, recipes, config.layers)
+    model = nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(0), scan=scan, dtype=dtype))
+    graph, state = nnx.split(model)
+    read = _Reader(checkpoint, [name for name, _ in tensor_names(recipes, config.layers)], progress)
+    filled = []
+    for path, parameter in nnx.to_flat_state(state):
+        own, layers, stacked = _locate(path, model)
+        value = _fill(read, recipes[own], parameter.get_value(), layers, stacked=stacked)
+        filled.append((path, parameter.replace(value)))
+    return nnx.merge(graph, nnx.from_flat_state(filled))
+
+
+class _Reader:
+    """Reads tensors and counts their bytes."""
+
+    def __init__(self, checkpoint: Checkpoint, names: list[str], progress: Progress | None):
+        self.checkpoint, self.progress = checkpoint, progress
+        self.done, self.total = 0, sum(checkpoint.tensors[name].nbytes for name in names)
+
+    def build(self, recipe: Recipe, layer: int, dtype: np.dtype) -> np.ndarray:
+        """One layer's parameter. The result may be a view of the mapped file."""
+        names = [name.format(layer=layer) for name in recipe.sources]
+        values = [self.checkpoint.read(name) for name in names]
+        for name, value in zip(names, values, strict=True):
+            if (value.dtype.kind in "iub") != (dtype.kind in "iub"):
+                raise CheckpointError(
+                    f"{self.checkpoint.path}: {name!r} is {value.dtype} and can't become {dtype}."
+                )
+        return np.ascontiguousarray(recipe.build(*values), dtype)
+
+    def release(self, recipe: Recipe, layer: int) -> None:
+        """Gives back the memory of the tensors that `build` read, and reports progress."""
+        for name in recipe.sources:
+            tensor = self.checkpoint.tensors[name.format(layer=layer)]
+            tensor.release()
+            self.done += tensor.nbytes
+        if self.progress is not None:
+            self.progress(self.done, self.total)
+
+
+def _locate(path: tuple, model: Decoder) -> tuple[ParameterPath, range, bool]:
+    """A parameter's path inside its block, the layers it holds, and whether they are stacked.
+
+    A parameter outside the blocks (embedding, head, last norm) counts as one layer; its tensors'
+    names have no layer number.
+    """
+    period, scanned = len(model.pattern), model.repeats * len(model.pattern)
+    if path[0] == "pattern":
+        return path[2:], range(path[1], scanned, period), True
+    if path[0] == "layers":
+        return path[2:], range(scanned + path[1], scanned + path[1] + 1), False
+    return path, range(1), False
+
+
+def _fill(
+    read: _Reader, recipe: Recipe, abstract: jax.ShapeDtypeStruct, layers: range, *, stacked: bool
+) -> jax.Array:
+    """Reads one parameter, for all `layers` that it holds."""
+    out = jnp.zeros(abstract.shape, abstract.dtype) if stacked else None
+    for place, layer in enumerate(layers):
+        value = read.build(recipe, layer, abstract.dtype)
+        out = jnp.array(value) if out is None else _put(out, value, np.int32(place))
+        out.block_until_ready()  # otherwise host copies of many layers queue up for the device
+        read.release(recipe, layer)
+    assert out is not None
+    return out
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _put(stack: jax.Array, value: jax.Array, place: jax.Array) -> jax.Array:
+    """`stack` with `value` at `place` of its first axis; `stack` is donated."""
+    return jax.lax.dynamic_update_index_in_dim(stack, value, place, axis=0)

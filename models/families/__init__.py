@@ -1,0 +1,1 @@
+"""Architectures: each file turns the `config.json` of one family into a `DecoderConfig`."""

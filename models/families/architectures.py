@@ -1,0 +1,29 @@
+"""The architectures that can be loaded, by the `model_type` of their config.json."""
+
+from collections.abc import Callable
+
+from models.config import DecoderConfig
+from models.errors import CheckpointError
+from models.families import gemma, gpt_oss, llama, mistral, qwen3
+
+ARCHITECTURES: dict[str, Callable[[dict], DecoderConfig]] = {
+    "llama": llama.decoder_config,
+    "mistral": mistral.decoder_config,
+    "qwen3": qwen3.decoder_config,
+    "gemma2": gemma.gemma2_config,
+    "gemma3_text": gemma.gemma3_config,
+    "gemma3": gemma.gemma3_multimodal_config,
+    "gpt_oss": gpt_oss.decoder_config,
+}
+
+
+def architecture_config(hf: dict) -> DecoderConfig:
+    """Reads a Hugging Face config.
+
+    Raises:
+      CheckpointError: the architecture is unknown, a key is missing, or a value is invalid.
+    """
+    kind = hf.get("model_type")
+    if not isinstance(kind, str) or kind not in ARCHITECTURES:
+        raise CheckpointError(f"model_type={kind!r} must be one of {', '.join(ARCHITECTURES)}.")
+    return ARCHITECTURES[kind](hf)
