@@ -19,7 +19,7 @@ import tyro
 import models
 from jaxkv import CacheConfig, KVCache
 from models.checkpoints.errors import one_line
-from scripts.command import run_command
+from scripts.shared.command import run_command
 
 UNREADABLE = (ValueError, TypeError, KeyError, OSError, EOFError)  # what np.load can raise
 

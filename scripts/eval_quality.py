@@ -26,9 +26,9 @@ from jaxkv.codecs import KVCodec, codec_names, get_codec
 from models.checkpoints.errors import one_line
 from models.loaders import architecture_config
 from models.smollm2 import cache_folder
-from scripts.command import keep_compiled_programs, run_command
 from scripts.plan import Codecs, choose_codecs, make_table
-from scripts.texts import read_text
+from scripts.shared.command import keep_compiled_programs, run_command
+from scripts.shared.texts import read_text
 
 Array = jax.Array | np.ndarray
 

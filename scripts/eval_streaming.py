@@ -21,7 +21,7 @@ from rich.table import Table
 import jaxkv
 import models
 from models.smollm2 import cache_folder
-from scripts.command import keep_compiled_programs, run_command
+from scripts.shared.command import keep_compiled_programs, run_command
 
 TOPIC = "\n\n".join(pydoc_data.topics.topics[name] for name in ("objects", "execmodel", "compound"))
 

@@ -8,8 +8,8 @@ from rich.console import Console
 
 import jaxkv
 import models
-from scripts.command import run_command
-from scripts.texts import read_text
+from scripts.shared.command import run_command
+from scripts.shared.texts import read_text
 
 
 @dataclasses.dataclass

@@ -20,7 +20,7 @@ import models
 from jaxkv.codecs import codec_names, get_codec
 from models.harmony import HarmonyStream, answer_stream
 from models.smollm2 import cache_folder
-from scripts.command import keep_compiled_programs, run_command
+from scripts.shared.command import keep_compiled_programs, run_command
 
 Texts = Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="TEXT")]
 Pairs = Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="NAME=VALUE")]

@@ -22,7 +22,7 @@ import models
 from jaxkv.codecs import KVCodec, codec_names, get_codec
 from models.checkpoints.errors import read_json_object
 from models.loaders import architecture_config
-from scripts.command import run_command
+from scripts.shared.command import run_command
 
 Codecs = Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="NAME")]
 

@@ -16,8 +16,9 @@ import pytest
 import jaxkv
 import models
 from jaxkv.codecs import codec_names, get_codec
-from scripts import eval_quality, texts
+from scripts import eval_quality
 from scripts.plan import choose_codecs
+from scripts.shared import texts
 
 ROOT = Path(__file__).parents[2]
 LOSSY = tuple(name for name in codec_names() if name != "exact")

@@ -24,11 +24,12 @@ from jaxkv.codecs import get_codec
 from jaxkv.generation import prefill_chunk
 from models.random_weights import draw_decoder, named_shape
 from pallas_kernels.backends import Backend
-from scripts import bench_step, bench_step_peer
-from scripts.bench_step import keep, list_kernels, time_by_kind
-from scripts.command import run_command
-from scripts.device_time import device_kernels
+from scripts.bench import step
+from scripts.bench.peers import llama
+from scripts.bench.step import keep, list_kernels, time_by_kind
+from scripts.bench.timing import device_kernels
 from scripts.plan import make_table
+from scripts.shared.command import run_command
 
 Names = Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="NAME")]
 Numbers = Annotated[tyro.conf.UseAppendAction[tuple[int, ...]], tyro.conf.arg(metavar="N")]
@@ -46,8 +47,8 @@ class Args:
     """Measures how fast a model of random weights reads prompts into its cache.
 
     Examples:
-      bench_prefill.py --shape llama3-8b --chunk 256 --chunk 1024 --codec exact --codec tq4
-      bench_prefill.py --codec exact --peers --kernels 20
+      prefill.py --shape llama3-8b --chunk 256 --chunk 1024 --codec exact --codec tq4
+      prefill.py --codec exact --peers --kernels 20
     """
 
     shape: str = "llama3-8b"
@@ -180,8 +181,8 @@ def main(args: Args) -> int:
             raise ValueError(f"--{name} {value} must be at least 1.")
     peers: list[dict] = []
     if args.peers:  # first: JAX gives no memory back
-        bench_step_peer.check_packages()
-        peer = bench_step.Args(
+        llama.check_packages()
+        peer = step.Args(
             context=args.tokens,
             steps=1,
             repeats=args.repeats,
@@ -189,7 +190,7 @@ def main(args: Args) -> int:
             memory=args.memory,
             peer_seconds=args.peer_seconds,
         )
-        peers = bench_step.measure_peers(peer, config, batches, log, prompts=True)
+        peers = step.measure_peers(peer, config, batches, log, prompts=True)
     device = jax.devices()[0].device_kind
     log.print(f"{device}, jax {jax.__version__}, {args.shape}, {args.dtype}")
     model = models.random_model(args.shape, scan=False, dtype=args.dtype)

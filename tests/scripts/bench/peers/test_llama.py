@@ -1,4 +1,4 @@
-"""scripts/bench_step_peer.py: what fits; processes that answer, fail, hang or lack a package."""
+"""scripts/bench/peers/llama.py: what fits; processes that answer, fail, hang or lack a package."""
 
 import dataclasses
 import importlib.util
@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from scripts import bench_step_peer
-from scripts.bench_step_peer import Case, check_packages, run_case
+from scripts.bench.peers import llama
+from scripts.bench.peers.llama import Case, check_packages, run_case
 
 TINY = Case(
     layers=2,
@@ -31,10 +31,11 @@ def program(tmp_path, monkeypatch):
     """Puts a program in the place of the one that measures."""
 
     def write(text: str) -> None:
-        (tmp_path / "scripts").mkdir()
-        (tmp_path / "scripts" / "bench_step_peer.py").write_text(text)
+        peers = tmp_path / "scripts" / "bench" / "peers"
+        peers.mkdir(parents=True)
+        (peers / "llama.py").write_text(text)
 
-    monkeypatch.setattr(bench_step_peer, "ROOT", tmp_path)
+    monkeypatch.setattr(llama, "ROOT", tmp_path)
     return write
 
 
@@ -64,7 +65,7 @@ def test_a_process_that_hangs_is_killed_with_its_children(program, tmp_path):
 
 
 def test_a_missing_package_is_named(monkeypatch):
-    monkeypatch.setattr(bench_step_peer, "PACKAGES", ("json", "no_such_package"))
+    monkeypatch.setattr(llama, "PACKAGES", ("json", "no_such_package"))
     with pytest.raises(ValueError, match="--peers needs the package no_such_package"):
         check_packages()
 
@@ -81,7 +82,7 @@ def test_what_fits_an_80_gb_card(batch, fits):
 
 
 @pytest.mark.skipif(
-    not all(map(importlib.util.find_spec, bench_step_peer.PACKAGES)), reason="no transformers"
+    not all(map(importlib.util.find_spec, llama.PACKAGES)), reason="no transformers"
 )
 def test_transformers_decodes():
     row = run_case(TINY, limit=120)

@@ -20,11 +20,11 @@ from rich.console import Console
 import jaxkv
 from jaxkv.codecs import get_codec
 from jaxkv.config import LayerGroup
-from scripts.bench_step import fill
-from scripts.command import run_command
-from scripts.decode_problems import MAX_ERROR, WORKLOADS, Workload, relative_error
-from scripts.device_time import Timing, device_time, wall_times
+from scripts.bench.problems import MAX_ERROR, WORKLOADS, Workload, relative_error
+from scripts.bench.step import fill
+from scripts.bench.timing import Timing, device_time, wall_times
 from scripts.plan import make_table
+from scripts.shared.command import run_command
 
 Codecs = Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="NAME")]
 
@@ -34,13 +34,13 @@ class Args:
     """Measures attention through the cache, plain and with sinks, window and recent pages.
 
     Examples:
-      bench_segments.py
-      bench_segments.py --codec tq4 --context 32768 --window 4096
-      bench_segments.py --workload tiny --batch 2 --context 300
+      segments.py
+      segments.py --codec tq4 --context 32768 --window 4096
+      segments.py --workload tiny --batch 2 --context 300
     """
 
     workload: str = "llama-3-8b"
-    """Whose heads, as in bench_decode.py; its window is --window's default."""
+    """Whose heads, as in decode.py; its window is --window's default."""
     codec: Codecs = ()
     """How pages are kept; repeat for several. Default: 4bit_nc, tq4."""
     batch: int = 64

@@ -1,10 +1,10 @@
-"""scripts/bench_step.py and bench_prefill.py: a tiny model of random weights, whole, on a CPU."""
+"""scripts/bench/step.py and prefill.py: a tiny model of random weights, whole, on a CPU."""
 
 import json
 
 import pytest
 
-from scripts import bench_prefill, bench_step
+from scripts.bench import prefill, step
 
 
 def last_line(capsys):
@@ -12,7 +12,7 @@ def last_line(capsys):
 
 
 def test_prompts(capsys):
-    args = bench_prefill.Args(
+    args = prefill.Args(
         shape="tiny",
         codec=("exact",),
         batch=(2,),
@@ -22,7 +22,7 @@ def test_prompts(capsys):
         dtype="float32",
         json=True,
     )
-    assert bench_prefill.main(args) == 0
+    assert prefill.main(args) == 0
     rows = last_line(capsys)["results"]
     # A chunk is no longer than the prompt.
     assert [row["chunk"] for row in rows] == [16, 40]
@@ -32,14 +32,14 @@ def test_prompts(capsys):
 
 
 def test_a_wrong_backend_fails_the_run(capsys, monkeypatch):
-    monkeypatch.setattr(bench_prefill, "relative_error", lambda *_: float("nan"))
-    args = bench_prefill.Args(shape="tiny", codec=("exact",), tokens=8, repeats=1, dtype="float32")
-    assert bench_prefill.main(args) == 1
+    monkeypatch.setattr(prefill, "relative_error", lambda *_: float("nan"))
+    args = prefill.Args(shape="tiny", codec=("exact",), tokens=8, repeats=1, dtype="float32")
+    assert prefill.main(args) == 1
     assert "can't be called fast" in capsys.readouterr().err
 
 
 def test_steps(capsys):
-    args = bench_step.Args(
+    args = step.Args(
         shape="tiny",
         codec=("exact",),
         batch=(2,),
@@ -49,13 +49,13 @@ def test_steps(capsys):
         dtype="float32",
         json=True,
     )
-    assert bench_step.main(args) == 0
+    assert step.main(args) == 0
     [row] = last_line(capsys)["results"]
     assert row["tokens_per_second"] == pytest.approx(2e3 / row["step_ms"])
     assert row["kv_gb"] > 0 and row["weights_gb"] > 0
 
 
-@pytest.mark.parametrize("script", [bench_prefill, bench_step])
+@pytest.mark.parametrize("script", [prefill, step])
 def test_a_shape_that_is_not_there_is_named(script):
     with pytest.raises(ValueError, match="shape 'llama9' must be one of llama3-8b"):
         script.main(script.Args(shape="llama9"))

@@ -1,16 +1,16 @@
-"""scripts/tune_decode.py: settings are tried, checked and compared; interpreted on a CPU."""
+"""scripts/bench/tune.py: settings are tried, checked and compared; interpreted on a CPU."""
 
 import json
 
 import pytest
 
-from scripts import tune_decode
+from scripts.bench import tune
 
 TINY = dict(workload="tiny", batch=2, context=70, codec="4bit_nc", rounds=1, repeats=1, json=True)
 
 
 def report_of(capsys, **options) -> tuple[int, dict]:
-    code = tune_decode.main(tune_decode.Args(**TINY | options))
+    code = tune.main(tune.Args(**TINY | options))
     return code, json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
@@ -25,7 +25,7 @@ def test_every_value_of_a_field_is_tried_and_right(capsys):
 
 
 def test_a_wrong_result_is_never_best(capsys, monkeypatch):
-    monkeypatch.setattr(tune_decode, "MAX_ERROR", 1e-12)
+    monkeypatch.setattr(tune, "MAX_ERROR", 1e-12)
     code, report = report_of(capsys, field=("stages",))
     assert code == 1 and report["best"] == "default"
     assert {row["why"] for row in report["tried"]} == {"wrong"}
@@ -42,4 +42,4 @@ def test_a_wrong_result_is_never_best(capsys, monkeypatch):
 )
 def test_bad_arguments_are_named(options, message):
     with pytest.raises(ValueError, match=message):
-        tune_decode.main(tune_decode.Args(**TINY | options))
+        tune.main(tune.Args(**TINY | options))

@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 
 from models.checkpoints.errors import one_line
 from pallas_kernels.pages import ExactPages
-from scripts.decode_problems import (
+from scripts.bench.problems import (
     EXACT_DTYPE,
     Data,
     Problem,
@@ -23,7 +23,7 @@ from scripts.decode_problems import (
     abstract_inputs,
     relative_error,
 )
-from scripts.device_time import Timing, device_time
+from scripts.bench.timing import Timing, device_time
 
 JAX_PEER = "jax paged_attention"
 TORCH_PEER = "torch SDPA"

@@ -32,8 +32,8 @@ from models.checkpoints.errors import one_line
 from models.smollm2 import cache_folder
 from pallas_kernels.backends import Backend
 from pallas_kernels.paged_attention import BACKENDS
-from scripts.command import keep_compiled_programs, run_command
-from scripts.decode_peers import (
+from scripts.bench.ceiling import Ceilings, measure_ceilings
+from scripts.bench.peers.kernels import (
     JAX_PEER,
     JAX_TILINGS,
     TORCH_PEER,
@@ -46,7 +46,7 @@ from scripts.decode_peers import (
     run_torch_peer,
     torch_peer_refusal,
 )
-from scripts.decode_problems import (
+from scripts.bench.problems import (
     MAX_ERROR,
     WORKLOADS,
     Case,
@@ -61,9 +61,9 @@ from scripts.decode_problems import (
     relative_error,
     short,
 )
-from scripts.device_time import Timing, device_time, wall_times
+from scripts.bench.timing import Timing, device_time, wall_times
 from scripts.plan import GIB, make_table
-from scripts.read_ceiling import Ceilings, measure_ceilings
+from scripts.shared.command import keep_compiled_programs, run_command
 
 COMPILE_THREADS = 12
 TABLE_WIDTH = 170  # least, where the output is no terminal
@@ -82,9 +82,9 @@ class Args:
     """Measures decode attention: time, bytes a second, fraction of the read ceiling, error.
 
     Examples:
-      bench_decode.py --suite issue --plot decode.png --json
-      bench_decode.py --workload llama-3-8b --batch 64 --context 8192 --codec exact --codec tq4
-      bench_decode.py --workload tiny --batch 2 --context 200
+      decode.py --suite issue --plot decode.png --json
+      decode.py --workload llama-3-8b --batch 64 --context 8192 --codec exact --codec tq4
+      decode.py --workload tiny --batch 2 --context 200
     """
 
     suite: Literal["issue"] | None = None

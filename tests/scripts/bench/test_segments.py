@@ -1,4 +1,4 @@
-"""scripts/bench_segments.py: bytes that are seen, one run on a CPU, one-line errors."""
+"""scripts/bench/segments.py: bytes that are seen, one run on a CPU, one-line errors."""
 
 import json
 
@@ -6,9 +6,9 @@ import pytest
 
 import jaxkv
 from jaxkv.config import LayerGroup
-from scripts import bench_segments
-from scripts.bench_segments import Args, layer_spec, visible_bytes
-from scripts.decode_problems import WORKLOADS
+from scripts.bench import segments
+from scripts.bench.problems import WORKLOADS
+from scripts.bench.segments import Args, layer_spec, visible_bytes
 
 TINY = dict(workload="tiny", batch=2, context=150, page_size=16, repeats=1, window=70)
 HEADS, DIM, PAGE = 2, 64, 16  # of "tiny"
@@ -35,7 +35,7 @@ def test_bytes_seen_are_counted_by_store():
 
 
 def test_both_ways_are_measured_and_right(capsys):
-    code = bench_segments.main(Args(**TINY, codec=("tq4",), json=True))
+    code = segments.main(Args(**TINY, codec=("tq4",), json=True))
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert code == 0
     plain, together = report["results"]
@@ -46,8 +46,8 @@ def test_both_ways_are_measured_and_right(capsys):
 
 
 def test_a_wrong_result_fails_the_run(capsys, monkeypatch):
-    monkeypatch.setattr(bench_segments, "MAX_ERROR", -1.0)
-    assert bench_segments.main(Args(**TINY, codec=("4bit_nc",))) == 1
+    monkeypatch.setattr(segments, "MAX_ERROR", -1.0)
+    assert segments.main(Args(**TINY, codec=("4bit_nc",))) == 1
     assert "FAIL" in capsys.readouterr().out
 
 
@@ -64,4 +64,4 @@ def test_a_wrong_result_fails_the_run(capsys, monkeypatch):
 )
 def test_bad_arguments_are_named(options, message):
     with pytest.raises(ValueError, match=message):
-        bench_segments.main(Args(**TINY | options))
+        segments.main(Args(**TINY | options))

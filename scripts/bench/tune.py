@@ -24,10 +24,8 @@ from pallas_kernels.paged_attention import gpu_decode
 from pallas_kernels.paged_attention.gpu_tiles import DecodeConfig
 from pallas_kernels.segments import add_learned_sink
 from pallas_kernels.visibility import seen_span
-from scripts import decode_problems
-from scripts.bench_step import fill_pages
-from scripts.command import run_command
-from scripts.decode_problems import (
+from scripts.bench import problems
+from scripts.bench.problems import (
     MAX_ERROR,
     WORKLOADS,
     Data,
@@ -37,8 +35,10 @@ from scripts.decode_problems import (
     make_problem,
     relative_error,
 )
-from scripts.device_time import device_time, wall_times
+from scripts.bench.step import fill_pages
+from scripts.bench.timing import device_time, wall_times
 from scripts.plan import make_table
+from scripts.shared.command import run_command
 
 COMPILE_THREADS = 12
 GAIN = 0.99  # of the best time: what is nearer is noise
@@ -62,12 +62,12 @@ class Args:
     """Searches the decode kernel's tile sizes for one case, on the GPU that is there.
 
     Examples:
-      tune_decode.py --workload llama-3-8b --batch 64 --context 8192 --codec tq4
-      tune_decode.py --codec exact --batch 1 --context 131072 --field at_once --field waves
+      tune.py --workload llama-3-8b --batch 64 --context 8192 --codec tq4
+      tune.py --codec exact --batch 1 --context 131072 --field at_once --field waves
     """
 
     workload: str = "llama-3-8b"
-    """Model's heads and window, as in bench_decode.py."""
+    """Model's heads and window, as in decode.py."""
     batch: int = 64
     """Sequences side by side."""
     context: int = 8192
@@ -90,7 +90,7 @@ class Case:
     """What is tuned: random pages, and what each setting must give."""
 
     def __init__(self, args: Args):
-        case = decode_problems.Case(
+        case = problems.Case(
             workload=args.workload, batch=args.batch, context=args.context, codec=args.codec
         )
         # Also on a CPU, where the kernel is interpreted, pages are laid out for it.
@@ -153,7 +153,7 @@ def random_data(sizes: Sizes) -> Data:
 
 
 def attend(sizes: Sizes, config: DecodeConfig, data: Data, table, spans, layer) -> jax.Array:
-    """Like `decode_problems.attend`, with tile sizes."""
+    """Like `problems.attend`, with tile sizes."""
     shape = sizes.workload
     spans = dict(spans)
     names = ("q_start", "q_lens", "kv_start", "kv_stop")

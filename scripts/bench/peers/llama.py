@@ -1,4 +1,4 @@
-"""bench_step.py's and bench_prefill.py's peer: transformers' Llama, random weights.
+"""step.py's and prefill.py's peer: transformers' Llama, random weights.
 
 A case runs in a process of its own, without JAX: it finds the whole device free and leaves it so, a
 compiler that hangs can be killed, and no case's programs are made to fit another's shapes, too.
@@ -17,7 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[3]
 PACKAGES = ("torch", "transformers")
 
 
@@ -79,7 +79,7 @@ def run_case(case: Case, *, limit: float) -> dict:
       RuntimeError: it failed, or took longer than `limit` seconds; its errors went to stderr.
     """
     asked = json.dumps(dataclasses.asdict(case))
-    command = [sys.executable, "-m", "scripts.bench_step_peer", asked]
+    command = [sys.executable, "-m", "scripts.bench.peers.llama", asked]
     # A file, not a pipe: a compiler's workers hold a pipe open after their parent has ended.
     with tempfile.TemporaryFile("w+") as out:
         child = subprocess.Popen(command, cwd=ROOT, stdout=out, start_new_session=True)
@@ -159,7 +159,7 @@ def measure_steps(case: Case) -> dict:
     """Runs `generate` once, with a static cache; a clock in its loop times `steps` steps together.
 
     The prompt and the first `steps`, in which programs compile and CUDA graphs are recorded, do not
-    count. As in bench_step.py the first counted step sees `context + steps` tokens.
+    count. As in step.py the first counted step sees `context + steps` tokens.
     """
     import torch  # pyright: ignore[reportMissingImports]
     import transformers  # pyright: ignore[reportMissingImports]

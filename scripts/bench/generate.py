@@ -22,7 +22,7 @@ from rich.table import Table
 import jaxkv
 import models
 from models.smollm2 import cache_folder
-from scripts.command import keep_compiled_programs, run_command
+from scripts.shared.command import keep_compiled_programs, run_command
 
 Measure = Callable[[list[list[int]], int], tuple[list[list[int]], float, float]]
 

@@ -29,10 +29,10 @@ import models
 from jaxkv.codecs import get_codec
 from jaxkv.generation import decode_block, start
 from models.random_weights import named_shape
-from scripts import bench_step_peer
-from scripts.command import run_command
-from scripts.device_time import device_kernels
+from scripts.bench.peers import llama
+from scripts.bench.timing import device_kernels
 from scripts.plan import make_table
+from scripts.shared.command import run_command
 
 Names = Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="NAME")]
 Numbers = Annotated[tyro.conf.UseAppendAction[tuple[int, ...]], tyro.conf.arg(metavar="N")]
@@ -46,8 +46,8 @@ class Args:
     """Measures decode steps of a model of random weights, whose cache holds --context tokens.
 
     Examples:
-      bench_step.py --shape llama3-8b --batch 1 --batch 64 --codec fp8_e4m3 --codec tq4
-      bench_step.py --batch 1 --batch 8 --codec exact --peers
+      step.py --shape llama3-8b --batch 1 --batch 64 --codec fp8_e4m3 --codec tq4
+      step.py --batch 1 --batch 8 --codec exact --peers
     """
 
     shape: str = "llama3-8b"
@@ -178,7 +178,7 @@ def measure_peers(
     """
     rows = []
     for batch, compiled in itertools.product(batches, (False,) if prompts else (False, True)):
-        case = bench_step_peer.Case(
+        case = llama.Case(
             layers=config.layers,
             hidden_size=config.hidden_size,
             intermediate_size=config.intermediate_size,
@@ -199,7 +199,7 @@ def measure_peers(
             log.print(f"batch {batch}, {case.name}: {need} do not fit")
             continue
         try:
-            rows.append(bench_step_peer.run_case(case, limit=args.peer_seconds))
+            rows.append(llama.run_case(case, limit=args.peer_seconds))
         except RuntimeError as error:
             log.print(f"batch {batch}, {case.name}: {error}")
             continue
@@ -220,7 +220,7 @@ def main(args: Args) -> int:
     # touched the device yet.
     peers: list[dict] = []
     if args.peers:
-        bench_step_peer.check_packages()
+        llama.check_packages()
         peers = measure_peers(args, config, batches, log)
     device = jax.devices()[0].device_kind
     log.print(f"{device}, jax {jax.__version__}, {args.shape}, {args.dtype}")

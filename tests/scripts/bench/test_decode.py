@@ -1,4 +1,4 @@
-"""scripts/bench_decode.py: cases laid out right, one run end to end on a CPU, one-line errors."""
+"""scripts/bench/decode.py: cases laid out right, one run end to end on a CPU, one-line errors."""
 
 import json
 import subprocess
@@ -11,17 +11,18 @@ import numpy as np
 import pytest
 
 from jaxkv.codecs import codec_names
-from scripts import bench_decode, decode_peers, decode_problems, device_time
-from scripts.bench_decode import Args
-from scripts.decode_problems import Case, make_problem
+from scripts.bench import decode, problems, timing
+from scripts.bench.decode import Args
+from scripts.bench.peers import kernels as kernel_peers
+from scripts.bench.problems import Case, make_problem
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 TINY = dict(workload=("tiny",), batch=(3,), context=(200,), repeats=3)
 
 
 def report_of(capsys, **options) -> tuple[int, dict]:
     """Runs the script's main; its exit code and JSON."""
-    code = bench_decode.main(Args(**TINY | options, json=True))
+    code = decode.main(Args(**TINY | options, json=True))
     return code, json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
@@ -45,7 +46,7 @@ def test_a_tiny_workload_runs_end_to_end(capsys, tmp_path, monkeypatch):
 
 
 def test_a_wrong_result_fails_the_run(capsys, monkeypatch):
-    monkeypatch.setattr(bench_decode, "MAX_ERROR", 1e-12)
+    monkeypatch.setattr(decode, "MAX_ERROR", 1e-12)
     code, report = report_of(capsys, codec=("exact",), peers=False)
     assert code == 1 and not report["results"][0]["ok"]
     assert report["notes"] == []
@@ -70,7 +71,7 @@ def case(**options) -> Case:
 @pytest.mark.parametrize("workload", ["tiny", "smollm2"])
 def test_every_live_page_has_its_own_place(workload, ragged):
     problem = make_problem(case(workload=workload, ragged=ragged), page_size=16)
-    window = decode_problems.WORKLOADS[workload].window or 10**9
+    window = problems.WORKLOADS[workload].window or 10**9
     if not ragged:
         assert set(problem.lengths) == {1000}
     else:
@@ -103,7 +104,7 @@ def test_cases_of_equal_sizes_share_their_programs():
     contexts = (8192, 32768, 131072)
     problems = [make_problem(case(context=context)) for context in contexts]
     assert len({problem.sizes for problem in problems}) == 1
-    names = [name for name, _ in bench_decode.program_jobs(problems, args, "xla")]
+    names = [name for name, _ in decode.program_jobs(problems, args, "xla")]
     assert sorted(names) == ["attend", "data", "empty", "expected", "loop"]
 
 
@@ -111,40 +112,40 @@ def test_device_time_is_the_median_call_of_the_ops_own_kernels(monkeypatch):
     own = [("paged_attention_decode", 10.0), ("paged_attention_combine", 1.0)]
     calls = [[("fusion", 2.0), *own], [("fusion", 2.0), *own], [("fusion", 4.0), own[0], own[0]]]
     kernels = [(i, *kernel) for i, kernel in enumerate(sum(calls, []))]
-    monkeypatch.setattr(device_time, "device_kernels", lambda calls: kernels)
-    timing = device_time.device_time([lambda: None] * 3)
-    assert timing is not None
-    assert (timing.us, timing.us_min, timing.us_max, timing.all_us) == (11, 11, 20, 13)
-    assert timing.kernels == {
+    monkeypatch.setattr(timing, "device_kernels", lambda calls: kernels)
+    found = timing.device_time([lambda: None] * 3)
+    assert found is not None
+    assert (found.us, found.us_min, found.us_max, found.all_us) == (11, 11, 20, 13)
+    assert found.kernels == {
         "fusion": 2.67,
         "paged_attention_decode": 13.33,
         "paged_attention_combine": 0.67,
     }
-    monkeypatch.setattr(device_time, "device_kernels", lambda calls: [])
-    assert device_time.device_time([lambda: None]) is None
+    monkeypatch.setattr(timing, "device_kernels", lambda calls: [])
+    assert timing.device_time([lambda: None]) is None
 
 
 @pytest.mark.parametrize("window", [None, 50])
 def test_keys_without_pages_attend_as_the_pages_do(window, monkeypatch):
-    shape = decode_problems.Workload(q_heads=4, kv_heads=2, head_dim=64, window=window)
-    monkeypatch.setitem(decode_problems.WORKLOADS, "tiny", shape)
+    shape = problems.Workload(q_heads=4, kv_heads=2, head_dim=64, window=window)
+    monkeypatch.setitem(problems.WORKLOADS, "tiny", shape)
     problem = make_problem(case(context=200, batch=2), page_size=16)
-    data = decode_problems.make_data(problem.sizes, jax.random.key(0))
+    data = problems.make_data(problem.sizes, jax.random.key(0))
     spans = problem.spans(problem.lengths)
-    want = decode_problems.expected(problem.sizes, data, jnp.asarray(problem.table), spans, 1)
-    k, v = decode_peers.contiguous_keys(problem, data.pages, 1)
+    want = problems.expected(problem.sizes, data, jnp.asarray(problem.table), spans, 1)
+    k, v = kernel_peers.contiguous_keys(problem, data.pages, 1)
     assert k.shape == (2, 2, window or 200, 64)
     q = data.q.reshape(2, 2, 2, 64).astype(jnp.float32) / 8
     p = jax.nn.softmax(jnp.einsum("bhgd,bhkd->bhgk", q, k.astype(jnp.float32)))
     out = jnp.einsum("bhgk,bhkd->bhgd", p, v.astype(jnp.float32)).reshape(want.shape)
-    assert decode_problems.relative_error(out, want) < 1e-5
-    assert decode_problems.relative_error(out * jnp.nan, want) == float("inf")
+    assert problems.relative_error(out, want) < 1e-5
+    assert problems.relative_error(out * jnp.nan, want) == float("inf")
 
 
 def test_the_issues_suite_names_known_things():
-    suite = bench_decode.issue_suite()
+    suite = decode.issue_suite()
     assert len(set(suite)) == len(suite)
-    assert {one.workload for one in suite} <= set(decode_problems.WORKLOADS)
+    assert {one.workload for one in suite} <= set(problems.WORKLOADS)
     assert {one.codec for one in suite} <= set(codec_names())
     pools = [one for one in suite if one.layers]
     for one in pools:  # the largest array of each
@@ -164,15 +165,15 @@ def test_the_issues_suite_names_known_things():
     ],
 )
 def test_bad_arguments_are_one_line(flags, words, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["bench_decode.py", *flags])
+    monkeypatch.setattr(sys, "argv", ["decode.py", *flags])
     with pytest.raises(SystemExit) as stop:
-        bench_decode.run_command(bench_decode.main, Args)
+        decode.run_command(decode.main, Args)
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.count("\n") == 1
     assert error.startswith("error: ") and all(word in error for word in words)
 
 
 def test_it_starts_as_a_script():
-    command = [sys.executable, "-m", "scripts.bench_decode", "--codec", "none"]
+    command = [sys.executable, "-m", "scripts.bench.decode", "--codec", "none"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert result.returncode == 2 and "codec 'none' is unknown" in result.stderr

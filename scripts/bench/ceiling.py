@@ -10,7 +10,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from scripts.device_time import device_time, wall_times
+from scripts.bench.timing import device_time, wall_times
 
 
 class Ceilings(NamedTuple):

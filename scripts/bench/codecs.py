@@ -22,8 +22,8 @@ import jaxkv
 import models
 from jaxkv.codecs import get_codec
 from models.smollm2 import cache_folder
-from scripts.command import keep_compiled_programs, run_command
 from scripts.plan import make_table
+from scripts.shared.command import keep_compiled_programs, run_command
 
 Codecs = Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="NAME")]
 WARM_UP = 4  # steps of each cache before the clock starts
