@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxkv.cache import KVCache
-from jaxkv.codecs import KVCodec
 from jaxkv.config import CacheConfig, LayerSpec, cdiv
+from jaxkv.keep import Keep
 from jaxkv.sampling import Sampling, sample
 from pallas_kernels.backends import Backend
 
@@ -37,7 +37,7 @@ class Model(Protocol):
         """Returns logits."""
         ...
 
-    def layer_specs(self, **options) -> tuple[LayerSpec, ...]:
+    def layer_specs(self, keep: Keep) -> tuple[LayerSpec, ...]:
         """Describes the layers to the cache."""
         ...
 
@@ -229,18 +229,12 @@ def generate(
     model: Model,
     prompts: Sequence[Sequence[int]],
     *,
+    keep: Keep = Keep(),
     max_tokens: int = 128,
     sampling: Sampling | None = None,
     seed: int = 0,
     stop_ids: Sequence[int] | None = None,
-    window: int | None = None,
-    sink_tokens: int = 0,
-    sink_positions: str = "original",
-    codec: str | KVCodec = "exact",
-    keep_first: int = 0,
-    keep_last: int = 0,
     key_means: Sequence[jax.Array] | None = None,
-    cache_dtype: str | None = None,
     page_size: int = 64,
     pages: int | None = None,
     chunk: int | None = None,
@@ -254,20 +248,13 @@ def generate(
     Args:
       model: `models.load(...)`, or anything with its three methods.
       prompts: token ids, each at least one; unequal lengths are fine.
+      keep: which tokens the cache keeps and how it stores them.
       max_tokens: most tokens of each continuation.
       sampling: None or `Sampling()` is greedy, the same tokens whatever else is in the batch (on a
         GPU or TPU but for rounding: shapes of products and the default `chunk` follow the batch).
       seed: of the draws.
       stop_ids: tokens that end a sequence (they are part of the output); None for the model's.
-      window: narrows attention to the newest so many tokens, so that memory stays constant.
-      sink_tokens: first tokens kept beside the window (StreamingLLM, arXiv:2309.17453).
-      sink_positions: "original" or "cache", see `LayerSpec`.
-      codec: how the cache keeps keys and values, a name (`jaxkv.codecs.codec_names()`: "exact",
-        "tq4", "int8", ...) or a `KVCodec`.
-      keep_first: so many of the first layers stay exact.
-      keep_last: so many of the last ones.
       key_means: of every layer, for a codec with `key_mean="static"`, see `fit_key_means`.
-      cache_dtype: float type of exact pages; None for the model's.
       page_size: tokens a page.
       pages: cap on each pool of the cache; None reserves for the worst case.
       chunk: most prompt tokens of one step; None for 256, on a GPU or TPU up to 1024 where prompts
@@ -284,18 +271,10 @@ def generate(
     sampling = (sampling or Sampling()).checked()
     if chunk is None:
         chunk = default_chunk(len(prompts), pages, jax.default_backend())
-    lens = _checked_lengths(prompts, model, max_tokens, seed, window, chunk, block)
+    lens = _checked_lengths(prompts, model, max_tokens, seed, keep.window, chunk, block)
     chunk = min(chunk, 1 << (max(lens) - 1).bit_length())
     config = CacheConfig(
-        layers=model.layer_specs(
-            dtype=cache_dtype,
-            window=window,
-            sink_tokens=sink_tokens,
-            sink_positions=sink_positions,
-            codec=codec,
-            keep_first=keep_first,
-            keep_last=keep_last,
-        ),
+        layers=model.layer_specs(keep),
         batch=len(prompts),
         max_tokens=cdiv(max(lens) + max_tokens, TABLE_STEP) * TABLE_STEP,
         max_new_tokens=chunk,

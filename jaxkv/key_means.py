@@ -8,6 +8,7 @@ import numpy as np
 
 from jaxkv.cache import KVCache
 from jaxkv.config import CacheConfig
+from jaxkv.keep import Keep
 from jaxkv.page_tables import look_up
 from pallas_kernels.pages import ExactPages
 
@@ -31,7 +32,7 @@ def fit_key_means(model, tokens: Sequence[int], *, chunk: int = 256) -> list[np.
     """
     if len(tokens) < 2:
         raise ValueError(f"tokens has {len(tokens)}: at least 2 are needed.")
-    specs = model.layer_specs()
+    specs = model.layer_specs(Keep())
     config = CacheConfig(layers=tuple(specs), batch=1, max_tokens=len(tokens), max_new_tokens=chunk)
     cache = KVCache.create(config)
     sums = [jnp.zeros((spec.kv_heads, spec.head_dim)) for spec in specs]

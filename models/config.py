@@ -3,8 +3,7 @@
 import dataclasses
 from typing import Literal
 
-from jaxkv import LayerSpec
-from jaxkv.codecs import KVCodec
+from jaxkv import Keep, LayerSpec
 from models.experts import ExpertsConfig
 from models.rope import Rope
 
@@ -90,49 +89,15 @@ class DecoderConfig:
         repeats = lambda n: self.windows[n:] == self.windows[:-n]
         return next((n for n in range(1, self.layers) if repeats(n)), self.layers)
 
-    def layer_specs(
-        self,
-        *,
-        dtype: str,
-        window: int | None = None,
-        sink_tokens: int = 0,
-        sink_positions: str = "original",
-        codec: str | KVCodec = "exact",
-        keep_first: int = 0,
-        keep_last: int = 0,
-    ) -> tuple[LayerSpec, ...]:
-        """Describes every layer to the cache.
-
-        Args:
-          dtype: float type of the pages.
-          window: narrows every layer to at most so many tokens (streaming); None leaves them.
-          sink_tokens: first tokens kept beside each window.
-          sink_positions: as in `LayerSpec`.
-          codec: of every layer's pages, a name or a `KVCodec`.
-          keep_first: so many of the first layers stay exact.
-          keep_last: so many of the last ones.
+    def layer_specs(self, keep: Keep = Keep()) -> tuple[LayerSpec, ...]:
+        """Describes every layer to the cache; exact pages are bfloat16 unless `keep` says else.
 
         Raises:
-          ValueError: sinks were asked for and no layer has a window, or there are not as many
-            layers as shall stay exact.
+          ValueError: the layers can't be kept so, see `Keep.apply`.
         """
-        windows = [
-            min((w for w in (own, window) if w is not None), default=None) for own in self.windows
-        ]
-        if (sink_tokens or sink_positions != "original") and set(windows) == {None}:
-            raise ValueError(f"{sink_tokens=} needs a window, and no layer has one.")
-        if not (keep_first >= 0 and keep_last >= 0 and keep_first + keep_last <= self.layers):
-            raise ValueError(f"{keep_first=}, {keep_last=} must name some of {self.layers} layers.")
-        coded = range(keep_first, self.layers - keep_last)
-        return tuple(
-            LayerSpec(
-                kv_heads=self.kv_heads,
-                head_dim=self.head_dim,
-                window=own,
-                sink_tokens=0 if own is None else sink_tokens,
-                sink_positions="original" if own is None else sink_positions,  # type: ignore[arg-type]
-                codec=codec if layer in coded else "exact",
-                dtype=dtype,
-            )
-            for layer, own in enumerate(windows)
+        return keep.apply(
+            [
+                LayerSpec(kv_heads=self.kv_heads, head_dim=self.head_dim, window=window)
+                for window in self.windows
+            ]
         )

@@ -1,10 +1,12 @@
 """A decoder-only transformer over a `KVCache`: one body for every architecture here."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxkv import KVCache, LayerSpec
+from jaxkv import Keep, KVCache, LayerSpec
 from models.config import DecoderConfig
 from models.experts import ExpertParam
 from models.layers import Angles, Block, make_norm, soft_cap
@@ -55,9 +57,10 @@ class Decoder(nnx.Module):
         """Float type of weights and activations."""
         return self.embedding.get_value().dtype
 
-    def layer_specs(self, *, dtype: str | None = None, **options) -> tuple[LayerSpec, ...]:
-        """Describes the layers to a cache; options as in `DecoderConfig.layer_specs`."""
-        return self.config.layer_specs(dtype=dtype or str(self.dtype), **options)
+    def layer_specs(self, keep: Keep = Keep()) -> tuple[LayerSpec, ...]:
+        """Describes the layers to a cache; raises ValueError as `Keep.apply` does."""
+        dtype = keep.dtype or str(self.dtype)
+        return self.config.layer_specs(dataclasses.replace(keep, dtype=dtype))
 
     def __call__(
         self, tokens: jax.Array, cache: KVCache, *, backend: Backend | None = None

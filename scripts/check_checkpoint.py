@@ -17,7 +17,7 @@ import numpy as np
 import tyro
 
 import models
-from jaxkv import CacheConfig, KVCache
+from jaxkv import CacheConfig, Keep, KVCache
 from models.checkpoints.errors import one_line
 from scripts.shared.command import run_command
 
@@ -78,7 +78,7 @@ def largest_difference(model, tokens: np.ndarray, logits: np.ndarray, chunks: li
     """Feeds `tokens` through a fresh cache in `chunks`; returns the largest logit difference."""
     batch, length = tokens.shape
     config = CacheConfig(
-        layers=model.layer_specs(dtype="float32"),
+        layers=model.layer_specs(Keep(dtype="float32")),
         batch=batch,
         max_tokens=length,
         max_new_tokens=max(chunks),

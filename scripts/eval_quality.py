@@ -348,7 +348,7 @@ def cache_config(
 
     A window that was asked for keeps the sinks beside it, as it does without quantization.
     """
-    layers = model.layer_specs(
+    keep = jaxkv.Keep(
         dtype=dtype,
         window=args.window,
         sink_tokens=0 if args.window is None else args.sink_tokens or 0,
@@ -357,7 +357,7 @@ def cache_config(
         keep_last=args.keep_last,
     )
     return jaxkv.CacheConfig(
-        layers=layers,
+        layers=model.layer_specs(keep),
         batch=1,
         max_tokens=args.tokens,
         max_new_tokens=min(args.chunk, args.tokens - 1),

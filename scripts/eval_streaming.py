@@ -56,10 +56,12 @@ def score(model, tokens, targets, cache):
     return found, cache.commit(count)
 
 
-def perplexity(model, tokens: np.ndarray, chunk: int, progress=lambda: None, **options) -> float:
-    """Perplexity of `tokens`, `i32[n]`, through a cache with the given `layer_specs` options."""
+def perplexity(
+    model, tokens: np.ndarray, keep: jaxkv.Keep, chunk: int, progress=lambda: None
+) -> float:
+    """Perplexity of `tokens`, `i32[n]`, through a cache that keeps what `keep` says."""
     config = jaxkv.CacheConfig(
-        layers=model.layer_specs(**options),
+        layers=model.layer_specs(keep),
         batch=1,
         max_tokens=len(tokens),
         max_new_tokens=chunk,
@@ -85,13 +87,12 @@ def main(args: Args) -> int:
     if len(tokens) < args.tokens:
         raise ValueError(f"--text has {len(tokens)} tokens, fewer than --tokens {args.tokens}.")
     model = models.load(checkpoint, scan=True)
-    narrow = dict(window=args.window)
-    kept = dict(narrow, sink_tokens=args.sink_tokens)
+    kept = jaxkv.Keep(window=args.window, sink_tokens=args.sink_tokens)
     caches = {
-        "full attention": {},
-        f"window {args.window}": narrow,
+        "full attention": jaxkv.Keep(),
+        f"window {args.window}": jaxkv.Keep(window=args.window),
         f"window {args.window}, {args.sink_tokens} sinks": kept,
-        f"window {args.window}, {args.sink_tokens} sinks, cache positions": dict(
+        f"window {args.window}, {args.sink_tokens} sinks, cache positions": dataclasses.replace(
             kept, sink_positions="cache"
         ),
     }
@@ -99,11 +100,9 @@ def main(args: Args) -> int:
     found = {}
     with Progress(console=log, transient=True, disable=not log.is_terminal) as bar:
         task = bar.add_task("scoring", total=steps)
-        for name, options in caches.items():
+        for name, keep in caches.items():
             bar.update(task, description=name)
-            found[name] = perplexity(
-                model, tokens, args.chunk, lambda: bar.advance(task), **options
-            )
+            found[name] = perplexity(model, tokens, keep, args.chunk, lambda: bar.advance(task))
     full = found["full attention"]
     table = Table("cache", "perplexity", "ratio", title=f"{len(tokens)} tokens of text")
     for name, value in found.items():

@@ -192,15 +192,16 @@ def plan_rows(
     """A row for each codec, and why codecs that were not named have none."""
 
     def config(codec: str | KVCodec) -> jaxkv.CacheConfig:
+        keep = jaxkv.Keep(
+            dtype=args.dtype,
+            window=args.window,
+            sink_tokens=0 if args.window is None else args.sink_tokens or 0,
+            codec=codec,
+            keep_first=args.keep_first,
+            keep_last=args.keep_last,
+        )
         return jaxkv.CacheConfig(
-            layers=model.layer_specs(
-                dtype=args.dtype,
-                window=args.window,
-                sink_tokens=0 if args.window is None else args.sink_tokens or 0,
-                codec=codec,
-                keep_first=args.keep_first,
-                keep_last=args.keep_last,
-            ),
+            layers=model.layer_specs(keep),
             batch=args.batch,
             max_tokens=tokens,
             max_new_tokens=args.max_new_tokens,

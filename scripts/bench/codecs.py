@@ -79,7 +79,7 @@ def main(args: Args) -> int:
     caches, tokens = {}, {}
     for name in track(names, "compiling and prefilling", console=log, transient=True):
         config = jaxkv.CacheConfig(
-            layers=model.layer_specs(codec=name),
+            layers=model.layer_specs(jaxkv.Keep(codec=name)),
             batch=args.batch,
             max_tokens=args.context + steps + WARM_UP,
             max_new_tokens=min(args.chunk, args.context),

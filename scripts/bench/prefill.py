@@ -109,7 +109,7 @@ def measure(args: Args, model, batch: int, codec: str, chunk: int, log: Console)
 
     def reader(model):
         config = jaxkv.CacheConfig(
-            layers=model.layer_specs(codec=codec),
+            layers=model.layer_specs(jaxkv.Keep(codec=codec)),
             batch=batch,
             max_tokens=args.tokens,
             max_new_tokens=chunk,

@@ -233,7 +233,7 @@ def main(args: Args) -> int:
     for batch in batches:
         for codec in codecs:
             cache = jaxkv.CacheConfig(
-                layers=model.layer_specs(codec=codec),
+                layers=model.layer_specs(jaxkv.Keep(codec=codec)),
                 batch=batch,
                 max_tokens=args.context + args.steps * (args.repeats + 3),
                 max_new_tokens=8,

@@ -12,6 +12,7 @@ import pytest
 
 import jaxkv
 import models
+from jaxkv import Keep
 from jaxkv.generation import decode_block, default_chunk, start
 
 ORACLES = Path(__file__).parents[1] / "oracles"
@@ -40,7 +41,7 @@ def generate(model, prompts, **options):
 @jax.jit
 def last_logits(model, tokens, count):
     """Logits after the first `count` of `tokens`, by one prefill of a fresh cache."""
-    layers = model.layer_specs(dtype="float32")
+    layers = model.layer_specs(Keep(dtype="float32"))
     size = tokens.shape[1]
     config = jaxkv.CacheConfig(layers=layers, batch=1, max_tokens=size, max_new_tokens=size)
     cache = jaxkv.KVCache.create(config).prepare(count[None])
@@ -143,9 +144,9 @@ def test_draws_depend_on_the_seed_and_on_nothing_else(model):
         ([[1]], dict(max_tokens=0), "max_tokens=0 must be at least 1"),
         ([[1] * 40], dict(pages=3), "do not fit pools of .2. pages"),
         ([[1]], dict(seed=-1), "seed=-1 must be at least 0"),
-        ([[1]], dict(sink_tokens=4), "sink_tokens=4 needs a window"),
-        ([[1]], dict(window=0), "window=0 must be at least 1"),
-        ([[1]], dict(window=8, sink_positions="near"), "sink_positions='near'"),
+        ([[1]], dict(keep=Keep(sink_tokens=4)), "sink_tokens=4 needs a window"),
+        ([[1]], dict(keep=Keep(window=0)), "window=0 must be at least 1"),
+        ([[1]], dict(keep=Keep(window=8, sink_positions="near")), "sink_positions='near'"),
     ],
 )
 def test_bad_input_is_one_line(model, prompts, options, message):
@@ -180,7 +181,8 @@ def test_the_compiled_block_calls_no_host_and_copies_no_pool(model):
 @pytest.mark.optimized
 @pytest.mark.parametrize("sink_positions", ["original", "cache"])
 def test_a_long_stream_runs_in_constant_pages(model, sink_positions):
-    stream = dict(window=64, sink_tokens=4, sink_positions=sink_positions, page_size=16, block=500)
+    keep = Keep(window=64, sink_tokens=4, sink_positions=sink_positions)
+    stream = dict(keep=keep, page_size=16, block=500)
     short = generate(model, PROMPTS[:1], max_tokens=1000, **stream)
     long = generate(model, PROMPTS[:1], max_tokens=20000, **stream)
     assert len(long.tokens[0]) == 20000
@@ -196,15 +198,14 @@ def test_few_prompts_take_longer_chunks_on_accelerators():
 
 
 def test_the_peak_counts_the_pages_of_a_prefill_chunk(model):
-    options = dict(window=16, page_size=8, max_tokens=1, chunk=64)
-    result = generate(model, [[1] * 64], **options)
+    result = generate(model, [[1] * 64], keep=Keep(window=16), max_tokens=1, chunk=64)
     per_page = 2 * 8 * 16 * 2 * 4 * 3  # keys and values, tokens, head_dim, kv_heads, bytes, layers
     assert result.bytes_peak == 8 * per_page  # the window alone is three pages
 
 
 def test_plan_predicts_bytes_and_explain_names_backends(model):
-    for options in ({}, dict(window=24), dict(window=24, sink_tokens=5, dtype="bfloat16")):
-        layers = model.layer_specs(**options)
+    for keep in (Keep(), Keep(window=24), Keep(window=24, sink_tokens=5, dtype="bfloat16")):
+        layers = model.layer_specs(keep)
         mixed = layers + tuple(dataclasses.replace(s, window=None, sink_tokens=0) for s in layers)
         config = jaxkv.CacheConfig(layers=mixed, batch=3, max_tokens=100, page_size=8)
         cache = jaxkv.KVCache.create(config)

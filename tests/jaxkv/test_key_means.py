@@ -17,7 +17,8 @@ class KeysFromTable:
 
     table: jax.Array  # [layers, vocab, kv_heads, head_dim]
 
-    def layer_specs(self):
+    def layer_specs(self, keep):
+        assert keep == jaxkv.Keep()
         return (jaxkv.LayerSpec(kv_heads=2, head_dim=4, dtype="float32"),) * 2
 
     def __call__(self, tokens, cache, *, backend):

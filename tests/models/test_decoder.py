@@ -38,7 +38,7 @@ def generate(model, **options):
 def last_logits(model, tokens, count):
     """Logits after the first `count` of `tokens`, by one prefill of a fresh cache."""
     size = tokens.shape[1]
-    layers = model.layer_specs(dtype="float32")
+    layers = model.layer_specs(jaxkv.Keep(dtype="float32"))
     config = jaxkv.CacheConfig(layers=layers, batch=1, max_tokens=size, max_new_tokens=size)
     cache = jaxkv.KVCache.create(config).prepare(count[None])
     hidden, _ = model(tokens, cache)
@@ -80,7 +80,7 @@ SLOW = [codec for codec in codec_names() if codec not in QUICK]
     ],
 )
 def test_every_codec_generates(oracle, codec):
-    result = generate(load(oracle, True), codec=codec)
+    result = generate(load(oracle, True), keep=jaxkv.Keep(codec=codec))
     assert [len(tokens) for tokens in result.tokens] == [NEW] * len(PROMPTS)
     assert result.stop_reasons == ["length"] * len(PROMPTS)
     assert all(group.codec == codec for group in jaxkv.explain(result.config) if not group.note)
@@ -104,7 +104,7 @@ def three_chunks(model, tokens, cache):
 @functools.cache
 def logits_of_codec(oracle, codec):
     model = load(oracle, True)
-    layers = model.layer_specs(dtype="float32", codec=codec)
+    layers = model.layer_specs(jaxkv.Keep(dtype="float32", codec=codec))
     cache = jaxkv.KVCache.create(
         jaxkv.CacheConfig(layers=layers, batch=2, max_tokens=60, max_new_tokens=20, page_size=4)
     )
@@ -122,7 +122,7 @@ def test_coded_steps_stay_near_exact_ones(oracle, codec):
 
 def reports_of(config) -> list[str]:
     """What `explain` says of each group with codec tq4, which keeps two pages of 64 exact."""
-    layers = config.layer_specs(dtype="bfloat16", codec="tq4")
+    layers = config.layer_specs(jaxkv.Keep(codec="tq4"))
     cache = jaxkv.CacheConfig(layers=layers, batch=1, max_tokens=8192, page_size=64)
     return [str(report) for report in jaxkv.explain(cache, platform="cpu")]
 
@@ -158,7 +158,7 @@ def test_period_is_the_smallest(kinds, period):
 
 
 def cache_of(config, **options):
-    layers = config.layer_specs(dtype="float32", **options)
+    layers = config.layer_specs(jaxkv.Keep(dtype="float32", **options))
     return jaxkv.CacheConfig(layers=layers, batch=1, max_tokens=64, page_size=8)
 
 
@@ -182,10 +182,10 @@ def test_layers_kept_unlike_the_pattern_are_refused(kept):
 
 
 def test_unrolled_models_keep_single_layers_exact():
-    options = {"codec": "int8", "keep_first": 1}
+    keep = jaxkv.Keep(codec="int8", keep_first=1)
     with pytest.raises(ValueError, match="scan=False"):
-        generate(load("gpt_oss", True), **options)
-    result = generate(load("gpt_oss", False), **options)
+        generate(load("gpt_oss", True), keep=keep)
+    result = generate(load("gpt_oss", False), keep=keep)
     assert [len(tokens) for tokens in result.tokens] == [NEW] * len(PROMPTS)
 
 
@@ -203,9 +203,9 @@ def test_cache_of_another_number_of_layers_is_refused():
 
 
 def test_streaming_turns_sinks_by_each_layers_own_rope_scanned_or_not():
-    options = dict(window=13, sink_tokens=3, sink_positions="cache")
-    scanned = generate(load("gemma3", True), **options).tokens
-    assert scanned == generate(load("gemma3", False), **options).tokens
+    keep = jaxkv.Keep(window=13, sink_tokens=3, sink_positions="cache")
+    scanned = generate(load("gemma3", True), keep=keep).tokens
+    assert scanned == generate(load("gemma3", False), keep=keep).tokens
     assert scanned != generate(load("gemma3", True)).tokens
 
 
@@ -218,7 +218,7 @@ def test_scanned_pattern_makes_no_copy_of_its_two_groups_pools(codec, tokens):
     config = architecture_config(gemma_config("gemma3_text", **keys, **heads))
     model = nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(0), scan=True))
     assert (model.repeats, len(model.pattern), len(model.layers)) == (2, 3, 1)
-    layers = model.layer_specs(dtype="float32", codec=codec)
+    layers = model.layer_specs(jaxkv.Keep(dtype="float32", codec=codec))
     sizes = dict(batch=2, max_tokens=130_000, max_new_tokens=16)
     cache = jax.eval_shape(lambda: jaxkv.KVCache.create(jaxkv.CacheConfig(layers=layers, **sizes)))
     assert len(cache.groups) == 2

@@ -119,7 +119,7 @@ def test_scores_equal_what_single_steps_predict(model):
         return model.unembed(hidden)[0, 0], cache.commit(one)
 
     def log_probs(codec):
-        layers = model.layer_specs(dtype="float32", codec=codec)
+        layers = model.layer_specs(jaxkv.Keep(dtype="float32", codec=codec))
         cache = jaxkv.KVCache.create(
             jaxkv.CacheConfig(layers=layers, batch=1, max_tokens=len(TOKENS), page_size=8)
         )
