@@ -1,4 +1,4 @@
-"""How fast a device's memory is read, and copied: what decode attention is measured against."""
+"""How fast a device's memory is read and copied: no attention can be faster than that."""
 
 import functools
 from collections.abc import Callable
@@ -10,15 +10,15 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from scripts.bench.timing import device_time, wall_times
+from scripts.bench.timing import time_calls, wall_times
 
 
 class Ceilings(NamedTuple):
-    """TB/s, of bytes read, and of bytes read and written."""
+    """Speeds in TB/s."""
 
-    read: float
-    copy: float
-    read_by: str
+    read: float  # of bytes read
+    copy: float  # of bytes read and written
+    read_by: str  # the program that read fastest
 
 
 READ_TILINGS = ((1024, 2, 1024), (1024, 4, 256), (2048, 4, 512), (2048, 8, 256), (4096, 8, 64))
@@ -33,6 +33,7 @@ def read_kernel(x_ref, out_ref, *, block: int, steps: int):
 
 
 def read_program(size: int, block: int, warps: int, steps: int) -> Callable:
+    """Reads `size` words, `block` at once, `steps` times in each program."""
     programs = size // (block * steps)
     return pl.pallas_call(
         functools.partial(read_kernel, block=block, steps=steps),
@@ -56,12 +57,16 @@ def measure_ceilings() -> Ceilings:
     def speed(function) -> float:
         program = jax.jit(function)
         program(x).block_until_ready()
-        calls = [functools.partial(program, x)] * 6
-        timing = device_time(calls)
-        return (
-            4 * size / (np.median(wall_times(calls[0], 6)) if timing is None else timing.us) / 1e6
-        )
+        return 4 * size / time_calls([functools.partial(program, x)] * 6).us / 1e6
 
     speeds = {name: speed(function) for name, function in readers.items()}
     best = max(speeds, key=lambda name: speeds[name])
     return Ceilings(speeds[best], 2 * speed(lambda x: x ^ np.uint32(1)), best)
+
+
+def least_read_seconds(arrays) -> float:
+    """Least time to read the pytree's arrays once: their bytes over the measured read speed."""
+    x = jnp.ones((64 << 20,), jnp.float32)  # 256 MiB, past every cache
+    total = jax.jit(jnp.sum)
+    seconds = wall_times(lambda: total(x), 5).min() / 1e6
+    return sum(array.nbytes for array in jax.tree.leaves(arrays)) / (x.nbytes / seconds)

@@ -1,31 +1,30 @@
-"""What each codec costs a decode step: the same model, the same tokens, one cache beside the other.
+"""What each codec costs per decode step: the same model and tokens, one cache after the other.
 
 Every cache takes the next step in turn, so that a busy machine slows all alike. Steps are averaged
-over whole pages, so that quantizing a page, which one step in `page_size` does, is in the mean.
+over whole pages: quantizing a page, which one step in `page_size` does, is in the mean.
 """
 
 import dataclasses
 import functools
 import json
 import sys
-import time
-from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from rich.console import Console
 from rich.progress import track
 
 import jaxkv
 import models
 from jaxkv.codecs import get_codec
-from models.smollm2 import cache_folder
-from scripts.plan import make_table
+from scripts.bench.cases import GRIDS
+from scripts.bench.timing import timed
 from scripts.shared.command import keep_compiled_programs, run_command
+from scripts.shared.options import Names, check_least
+from scripts.shared.tables import format_column, make_table
 
-Codecs = Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="NAME")]
+GRID = GRIDS["codecs"]
 WARM_UP = 4  # steps of each cache before the clock starts
 
 
@@ -33,20 +32,20 @@ WARM_UP = 4  # steps of each cache before the clock starts
 class Args:
     """Prints the time of a decode step for each codec, relative to the exact cache."""
 
-    model: str = "smollm2"
+    model: str = GRID.models[0]
     """'smollm2', a GGUF file, or a Hugging Face folder."""
-    codec: Codecs = ()
+    codec: Names = ()
     """Codec to measure beside exact; repeat for several. Default: 4bit_nc, tq4, tq3 and int8."""
-    batch: int = 1
+    batch: int = GRID.batches[0]
     """Sequences side by side, all of the same length."""
-    context: int = 1024
-    """Tokens in the cache when measuring begins, random ones."""
+    context: int = GRID.contexts[0]
+    """Random tokens in the cache when measuring begins."""
     pages: int = 2
-    """Pages of steps measured."""
+    """How many pages of steps are measured."""
     page_size: int = 64
-    """Tokens a cache page."""
+    """Tokens per cache page."""
     chunk: int = 256
-    """Tokens of a prefill step."""
+    """Prompt tokens of one step."""
     json: bool = False
     """Last line of standard output: one JSON object."""
 
@@ -60,19 +59,8 @@ def step(model, tokens, cache):
     return jnp.argmax(logits, axis=-1).astype(jnp.int32), cache.commit(count)
 
 
-def main(args: Args) -> int:
-    """Measures, prints a table; returns the exit code."""
-    log = Console(stderr=True, highlight=False)
-    codecs = args.codec or ("4bit_nc", "tq4", "tq3", "int8")
-    names = ("exact", *(name for name in codecs if name != "exact"))
-    for name in names:
-        get_codec(name)
-    for name in ("batch", "context", "pages", "chunk"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name} {getattr(args, name)} must be at least 1.")
-    keep_compiled_programs(cache_folder() / "xla")
-    model = models.load(models.open_checkpoint(args.model, say=log.print))
-    steps = args.pages * args.page_size
+def fill_caches(args: Args, model, names: tuple[str, ...], steps: int, log: Console) -> tuple:
+    """One cache per codec that holds the random prompt, and the token that each predicts."""
     rng = np.random.default_rng(0)
     shape = (args.batch, args.context)
     prompt = jnp.asarray(rng.integers(0, model.config.vocab_size, shape), jnp.int32)
@@ -91,34 +79,49 @@ def main(args: Args) -> int:
         for _ in range(WARM_UP):
             _, cache = step(model, tokens[name], cache)
         caches[name] = cache
-    seconds = {name: [] for name in names}
+    return caches, tokens
+
+
+def summarize(name: str, seconds: list[float], exact: list[float]) -> dict:
+    """One codec's results; `exact` are the seconds of the exact cache's steps."""
+    ms = 1e3 * np.asarray(seconds)
+    return {
+        "codec": name,
+        "mean_ms": float(ms.mean()),
+        "median_ms": float(np.median(ms)),
+        "p90_ms": float(np.percentile(ms, 90)),
+        "most_ms": float(ms.max()),
+        "overhead": float(ms.mean() / (1e3 * np.mean(exact)) - 1),
+    }
+
+
+def main(args: Args) -> int:
+    """Measures, prints a table; returns the exit code."""
+    log = Console(stderr=True, highlight=False)
+    codecs = args.codec or GRID.codecs
+    names = ("exact", *(name for name in codecs if name != "exact"))
+    for name in names:
+        get_codec(name)
+    check_least(args, "batch", "context", "pages", "page_size", "chunk")
+    keep_compiled_programs()
+    model = models.load(models.open_checkpoint(args.model, say=log.print))
+    steps = args.pages * args.page_size
+    caches, tokens = fill_caches(args, model, names, steps, log)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
     for _ in track(range(steps), "decoding", console=log, transient=True):
         for name in names:
-            start = time.perf_counter()
-            token, caches[name] = step(model, tokens["exact"], caches[name])
-            jax.block_until_ready(token)
-            seconds[name].append(time.perf_counter() - start)
-    results = []
-    for name in names:
-        ms = 1e3 * np.asarray(seconds[name])
-        base = np.mean(seconds["exact"]) * 1e3
-        results.append(
-            {
-                "codec": name,
-                "mean_ms": float(ms.mean()),
-                "median_ms": float(np.median(ms)),
-                "p90_ms": float(np.percentile(ms, 90)),
-                "most_ms": float(ms.max()),
-                "overhead": float(ms.mean() / base - 1),
-            }
-        )
+            run = functools.partial(step, model, tokens["exact"], caches[name])
+            took, (_, caches[name]) = timed(run)
+            seconds[name].append(took)
+    results = [summarize(name, seconds[name], seconds["exact"]) for name in names]
+    number = functools.partial(format_column, results)
     columns = {
-        "codec": [r["codec"] for r in results],
-        "mean ms\na step": [f"{r['mean_ms']:.2f}" for r in results],
-        "median": [f"{r['median_ms']:.2f}" for r in results],
-        "90 %": [f"{r['p90_ms']:.2f}" for r in results],
-        "longest": [f"{r['most_ms']:.1f}" for r in results],
-        "mean over\nexact": [f"{r['overhead']:+.1%}" for r in results],
+        "codec": number("codec", ""),
+        "mean ms\nper step": number("mean_ms", ".2f"),
+        "median": number("median_ms", ".2f"),
+        "90 %": number("p90_ms", ".2f"),
+        "longest": number("most_ms", ".1f"),
+        "mean over\nexact": number("overhead", "+.1%"),
     }
     title = f"{args.model}, batch {args.batch}, {args.context} tokens and on, {steps} steps each"
     Console(file=sys.stdout, highlight=False).print(make_table(title, columns))

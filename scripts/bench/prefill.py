@@ -1,4 +1,4 @@
-"""Prompts of a whole model of random weights: tokens per second, and what the time goes into.
+"""Prompts of a whole model of random weights: tokens per second, and where the time goes.
 
 It runs the program that `generate` runs for each chunk, from an empty cache to the whole prompt.
 """
@@ -8,13 +8,11 @@ import functools
 import itertools
 import json
 import sys
-import time
-from typing import Annotated
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from flax import nnx
 from rich.console import Console
 
@@ -24,20 +22,18 @@ from jaxkv.codecs import get_codec
 from jaxkv.generation import prefill_chunk
 from models.random_weights import draw_decoder, named_shape
 from pallas_kernels.backends import Backend
-from scripts.bench import step
-from scripts.bench.peers import llama
-from scripts.bench.step import keep, list_kernels, time_by_kind
-from scripts.bench.timing import device_kernels
-from scripts.plan import make_table
+from scripts.bench.cases import GRIDS
+from scripts.bench.peers.transformers_llama import check_packages, llama_case, measure_cases
+from scripts.bench.results import Out, keep_results, make_folder
+from scripts.bench.timing import device_kernels, list_kernels, spread, time_by_kind, timed
 from scripts.shared.command import run_command
+from scripts.shared.options import Names, Numbers, check_least
+from scripts.shared.tables import format_column, make_table
 
-Names = Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="NAME")]
-Numbers = Annotated[tyro.conf.UseAppendAction[tuple[int, ...]], tyro.conf.arg(metavar="N")]
-
-
-# What is checked is a model of two such layers: a deep one of random weights amplifies rounding to
-# bfloat16 until two right programs have nothing in common (32 layers of 2048: an error of 1, by
-# plain JAX alone). Two layers come to less than a hundredth, a wrong mask or page to about 1.
+GRID = GRIDS["prefill"]
+# The check runs a model of two such layers. A deep one of random weights amplifies rounding to
+# bfloat16 until two right programs have nothing in common: 32 layers of 2048 have an error of 1 by
+# plain JAX alone. Two layers come to less than a hundredth, a wrong mask or page to about 1.
 CHECKED_LAYERS = 2
 MAX_ERROR = 0.03  # relative, of the last tokens' hidden states
 
@@ -51,38 +47,41 @@ class Args:
       prefill.py --codec exact --peers --kernels 20
     """
 
-    shape: str = "llama3-8b"
-    """Whose sizes: 'llama3-8b', 'llama3-1b' or 'tiny'."""
+    shape: str = GRID.models[0]
+    """Sizes of the model: 'llama3-8b', 'llama3-1b' or 'tiny'."""
     batch: Numbers = ()
     """Sequences side by side; repeat for several. Default: 1."""
     codec: Names = ()
     """How the cache keeps keys and values; repeat. Default: exact and tq4."""
-    tokens: int = 8192
-    """Of each prompt."""
+    tokens: int = GRID.contexts[0]
+    """Tokens of each prompt."""
     chunk: Numbers = ()
     """Prompt tokens of one step; repeat. Default: 256 and 1024."""
     repeats: int = 3
-    """Times the prompt is read; the median counts."""
+    """How often the prompt is read; the median counts."""
     dtype: str = "bfloat16"
     """Of weights and exact pages."""
     backend: Backend | None = None
-    """Of the attention; default: the platform's."""
+    """Implementation of the attention; default: the platform's."""
     check: bool = True
     """Compare a model of two such layers with the plain JAX path first."""
     peers: bool = False
-    """Measure transformers, which reads the whole prompt in one step, beside."""
+    """Also measure transformers, which reads the whole prompt in one step."""
     peer_seconds: float = 120.0
     """A peer's case that takes longer is given up."""
     memory: float = 78.0
     """GiB of the device: a peer's case that needs more is left out."""
     kernels: int = 0
-    """Also list the N kinds of kernels that take longest, with launches and time a prompt."""
+    """Also list the N kinds of kernels that take longest, with launches and time per prompt."""
+    out: Out = None
+    """Folder for prefill.json and prefill_peers.json, rewritten after each case, so that a run cut
+    short loses none; default: none."""
     json: bool = False
     """Last line of standard output: one JSON object."""
 
 
 def read_prompts(model, config: jaxkv.CacheConfig, prompts, *, tokens: int, backend) -> jax.Array:
-    """Hidden states of the prompts' `tokens`-th tokens, read into a fresh cache; not waited for."""
+    """Reads `tokens` of each prompt into a fresh cache; returns the last ones' hidden states."""
     cache, chunk = jaxkv.KVCache.create(config), config.max_new_tokens
     last = jnp.zeros((config.batch, model.config.hidden_size), model.dtype)
     lens = jnp.full(config.batch, tokens, jnp.int32)
@@ -101,7 +100,29 @@ def relative_error(read, backend: Backend | None, tokens: int) -> float:
     return float(np.linalg.norm(got - want) / np.linalg.norm(want))
 
 
-def measure(args: Args, model, batch: int, codec: str, chunk: int, log: Console) -> dict:
+def measure_peers(args: Args, batches: tuple[int, ...], log: Callable[[str], None]) -> list[dict]:
+    """A row of transformers' Llama for each batch."""
+    cases = [
+        llama_case(
+            named_shape(args.shape),
+            dtype=args.dtype,
+            batch=batch,
+            context=args.tokens,
+            steps=1,
+            repeats=args.repeats,
+            compiled=False,
+            prompts=True,
+        )
+        for batch in batches
+    ]
+    rows = []
+    for row in measure_cases(cases, memory=args.memory, limit=args.peer_seconds, log=log):
+        rows.append(row)
+        keep_results(args.out, "prefill_peers", rows)
+    return rows
+
+
+def measure(args: Args, model, batch: int, codec: str, chunk: int, console: Console) -> dict:
     """One row of the table: checks, warms up, times, and looks into the kernels."""
     chunk = min(chunk, args.tokens)
     shape = (batch, args.tokens)
@@ -123,25 +144,20 @@ def measure(args: Args, model, batch: int, codec: str, chunk: int, log: Console)
         shallow = draw_decoder(few, scan=False, dtype=args.dtype)
         row["error"] = relative_error(reader(shallow), args.backend, some)
         del shallow
-    read = reader(model)
-    seconds = []
-    for _ in range(args.repeats + 1):
-        began = time.perf_counter()
-        jax.block_until_ready(read(tokens=args.tokens, backend=args.backend))
-        seconds.append(time.perf_counter() - began)
-    first, *seconds = seconds
-    kernels = device_kernels([functools.partial(read, tokens=args.tokens, backend=args.backend)])
+    read = functools.partial(reader(model), tokens=args.tokens, backend=args.backend)
+    first, *seconds = [timed(read)[0] for _ in range(args.repeats + 1)]
+    kernels = device_kernels([read])
     if args.kernels:
-        title = f"kernels of batch {batch}, {codec}, chunk {row['chunk']}, a prompt"
-        log.print(make_table(title, list_kernels(kernels, 1, args.kernels)))
+        title = f"kernels of batch {batch}, {codec}, chunk {chunk}, per prompt"
+        console.print(make_table(title, list_kernels(kernels, 1, args.kernels)))
     matrices = sum(x.size for x in jax.tree.leaves(nnx.state(model)) if x.ndim > 1)
-    # Embeddings are looked up, and logits computed once a prompt.
+    # Embeddings are looked up, and logits computed once per prompt.
     matrices -= 2 * model.config.vocab_size * model.config.hidden_size
     median = float(np.median(seconds))
     return row | {
         "prefill_tokens_per_second": batch * args.tokens / median,
         "seconds": median,
-        "spread": float(np.ptp(seconds)) / median,
+        "spread": spread(seconds),
         **{f"{name}_ms": ms for name, ms in time_by_kind(kernels).items()},
         "weights_tflops": 2 * matrices * batch * args.tokens / median / 1e12,
         "first_seconds": first,
@@ -150,10 +166,10 @@ def measure(args: Args, model, batch: int, codec: str, chunk: int, log: Console)
 
 def show(rows: list[dict], title: str) -> None:
     """Prints the table."""
-    number = lambda key, form: [format(row[key], form) if key in row else "" for row in rows]
+    number = functools.partial(format_column, sorted(rows, key=lambda row: row["batch"]))
     columns = {
         "batch": number("batch", "d"),
-        "codec or peer": [row["codec"] for row in rows],
+        "codec or peer": number("codec", ""),
         "chunk": number("chunk", "d"),
         "tokens/s": number("prefill_tokens_per_second", ",.0f"),
         "seconds": number("seconds", ".3f"),
@@ -169,43 +185,33 @@ def show(rows: list[dict], title: str) -> None:
 
 def main(args: Args) -> int:
     """Measures every case and prints a table; returns 1 where an error is too large."""
-    log = Console(stderr=True, highlight=False)
-    config = named_shape(args.shape)
-    batches, chunks = args.batch or (1,), args.chunk or (256, 1024)
-    codecs = args.codec or ("exact", "tq4")
-    for name in codecs:
+    console = Console(stderr=True, highlight=False)
+    log = functools.partial(console.print, soft_wrap=True)
+    named_shape(args.shape)
+    batches = args.batch or GRID.batches
+    for name in args.codec:
         get_codec(name)
-    counts = [("tokens", args.tokens), ("repeats", args.repeats)]
-    for name, value in counts + [("chunk", x) for x in chunks] + [("batch", x) for x in batches]:
-        if value < 1:
-            raise ValueError(f"--{name} {value} must be at least 1.")
+    check_least(args, "tokens", "repeats", "chunk", "batch")
+    make_folder(args.out)
     peers: list[dict] = []
     if args.peers:  # first: JAX gives no memory back
-        llama.check_packages()
-        peer = step.Args(
-            context=args.tokens,
-            steps=1,
-            repeats=args.repeats,
-            dtype=args.dtype,
-            memory=args.memory,
-            peer_seconds=args.peer_seconds,
-        )
-        peers = step.measure_peers(peer, config, batches, log, prompts=True)
+        check_packages()
+        peers = measure_peers(args, batches, log)
     device = jax.devices()[0].device_kind
-    log.print(f"{device}, jax {jax.__version__}, {args.shape}, {args.dtype}")
+    log(f"{device}, jax {jax.__version__}, {args.shape}, {args.dtype}")
     model = models.random_model(args.shape, scan=False, dtype=args.dtype)
     rows = []
+    codecs, chunks = args.codec or GRID.codecs, args.chunk or GRID.chunks
     for batch, codec, chunk in itertools.product(batches, codecs, chunks):
-        rows.append(measure(args, model, batch, codec, chunk, log))
-        log.print(f"{rows[-1]}", soft_wrap=True)
-        keep("bench_prefill", rows)
-    by_batch = sorted(rows + peers, key=lambda row: row["batch"])
-    show(by_batch, f"{args.shape}, prompts of {args.tokens} tokens, {device}")
+        rows.append(measure(args, model, batch, codec, chunk, console))
+        log(f"{rows[-1]}")
+        keep_results(args.out, "prefill", rows)
+    show(rows + peers, f"{args.shape}, prompts of {args.tokens} tokens, {device}")
     if args.json:
         report = {"shape": args.shape, "tokens": args.tokens, "results": rows, "peers": peers}
         print(json.dumps(report))
     if args.check and not all(row["error"] <= MAX_ERROR for row in rows):
-        log.print(f"an error is more than {MAX_ERROR}: what is wrong can't be called fast")
+        log(f"an error is more than {MAX_ERROR}: what is wrong can't be called fast")
         return 1
     return 0
 

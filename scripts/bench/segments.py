@@ -1,32 +1,33 @@
 """What sinks, windows and recent pages add to coded attention: one layer, through the cache.
 
 A cache reads exact pages (sinks, the newest) and coded ones, and merges the two. Each codec is
-measured as plainly as it can be kept, and with everything together; what counts is the time a
-byte that the query sees. Results are compared with the float32 reference first.
+measured as plainly as it can be kept, and with everything together, and compared by the cost per
+byte that the query sees. Results are checked against the float32 reference first.
 """
 
 import dataclasses
 import functools
 import json
 import sys
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from rich.console import Console
 
 import jaxkv
 from jaxkv.codecs import get_codec
 from jaxkv.config import LayerGroup
-from scripts.bench.problems import MAX_ERROR, WORKLOADS, Workload, relative_error
-from scripts.bench.step import fill
-from scripts.bench.timing import Timing, device_time, wall_times
-from scripts.plan import make_table
+from scripts.bench.attend import MAX_ERROR, relative_error
+from scripts.bench.cases import GRIDS, WORKLOADS, Workload
+from scripts.bench.fill import random_cache
+from scripts.bench.timing import time_calls
 from scripts.shared.command import run_command
+from scripts.shared.options import Names, check_choice, check_least
+from scripts.shared.tables import format_column, make_table
 
-Codecs = Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="NAME")]
+GRID = GRIDS["segments"]
 
 
 @dataclasses.dataclass
@@ -39,13 +40,13 @@ class Args:
       segments.py --workload tiny --batch 2 --context 300
     """
 
-    workload: str = "llama-3-8b"
-    """Whose heads, as in decode.py; its window is --window's default."""
-    codec: Codecs = ()
-    """How pages are kept; repeat for several. Default: 4bit_nc, tq4."""
-    batch: int = 64
+    workload: str = GRID.models[0]
+    """Model whose heads are taken, as in decode.py; its window is --window's default."""
+    codec: Names = ()
+    """Codec of the pages; repeat for several. Default: 4bit_nc, tq4."""
+    batch: int = GRID.batches[0]
     """Sequences side by side."""
-    context: int = 8192
+    context: int = GRID.contexts[0]
     """Tokens of each."""
     window: int | None = None
     """Tokens that a query sees, besides sinks."""
@@ -54,11 +55,11 @@ class Args:
     recent_pages: int = 2
     """Newest pages that stay exact."""
     page_size: int = 64
-    """Tokens a cache page."""
+    """Tokens per cache page."""
     repeats: int = 16
     """Calls whose median counts."""
     backend: Literal["gpu", "xla"] | None = None
-    """Who computes; default: what `jaxkv.explain` says."""
+    """Implementation of the attention; default: what `jaxkv.explain` says."""
     json: bool = False
     """Last line of standard output: one JSON object."""
 
@@ -66,7 +67,7 @@ class Args:
 def layer_spec(args: Args, shape: Workload, codec: str, *, together: bool) -> jaxkv.LayerSpec:
     """A layer with all of the segments, or with as few as the codec allows."""
     store = get_codec(codec)
-    least = 1 if store.key_mean == "page" else 0  # which needs a whole page
+    least = 1 if store.key_mean == "page" else 0  # a mean needs a whole page
     store = dataclasses.replace(
         store,
         recent_pages=max(least, args.recent_pages if together else 0),
@@ -82,7 +83,7 @@ def layer_spec(args: Args, shape: Workload, codec: str, *, together: bool) -> ja
 
 
 def visible_bytes(group: LayerGroup, length: int, page_size: int) -> float:
-    """Stored bytes that a query at position `length` sees of one sequence and layer."""
+    """Stored bytes that a query at position `length` sees, of one sequence and layer."""
     spec = group.spec
     position = np.arange(length + 1)
     seen = position < spec.sink_tokens
@@ -118,10 +119,10 @@ def measure(args: Args, shape: Workload, spec: jaxkv.LayerSpec, *, together: boo
         page_size=args.page_size,
     ).checked()
     [group] = config.groups
-    cache = fill(jaxkv.KVCache.create(config), args.context)
+    cache = random_cache(config, args.context)
     keys = jax.random.split(jax.random.key(0), 4)
     normal = lambda key, *dims: jax.random.normal(key, dims).astype(spec.dtype)
-    # Attention is typed like its queries: float32, so that what is compared is not rounded.
+    # Outputs have the dtype of the queries: float32, so that rounding does not hide an error.
     q = normal(keys[0], args.batch, 1, shape.q_heads, shape.head_dim).astype(jnp.float32)
     k, v = (normal(key, args.batch, 1, shape.kv_heads, shape.head_dim) for key in keys[1:3])
     sinks = jax.random.normal(keys[3], (shape.q_heads,)) if together else None
@@ -137,28 +138,47 @@ def measure(args: Args, shape: Workload, spec: jaxkv.LayerSpec, *, together: boo
         return out
 
     jax.block_until_ready(call())
-    timing = device_time([call] * args.repeats) if jax.default_backend() == "gpu" else None
-    if timing is None:
-        us = wall_times(call, args.repeats)
-        timing = Timing(float(np.median(us)), float(us.min()), float(us.max()))
+    timing = time_calls([call] * args.repeats)
     seen = args.batch * visible_bytes(group, args.context, args.page_size)
     row = dict(timing._asdict(), mb=seen / 1e6, error=error, together=together)
     return row | {"us_per_mb": timing.us / row["mb"], "ok": error <= MAX_ERROR}
 
 
+def measure_both(args: Args, shape: Workload, codec: str) -> list[dict]:
+    """Measures a codec plainly and with everything together."""
+    rows = []
+    for together in (False, True):
+        spec = layer_spec(args, shape, codec, together=together).checked()
+        row: dict[str, Any] = {"codec": codec}
+        row |= measure(args, shape, spec, together=together)
+        plain = rows[0] if together else row
+        row["more_a_byte"] = row["us_per_mb"] / plain["us_per_mb"] - 1
+        rows.append(row)
+    return rows
+
+
+def show(rows: list[dict], title: str) -> None:
+    """Prints the table."""
+    number = functools.partial(format_column, rows, missing="-")
+    errors = zip(number("error", ".1e"), rows, strict=True)
+    columns = {
+        "codec": number("codec", ""),
+        "": ["together" if row["together"] else "plain" for row in rows],
+        "MB seen": number("mb", ".1f"),
+        "us": number("us", ".1f"),
+        "all us": number("all_us", ".1f"),
+        "more\nper byte": number("more_a_byte", "+.1%"),
+        "error": [error + ("" if row["ok"] else " FAIL") for error, row in errors],
+    }
+    Console(file=sys.stdout, highlight=False).print(make_table(title, columns))
+
+
 def main(args: Args) -> int:
     """Measures every codec both ways, prints a table; returns 1 where a result is wrong."""
-    if args.workload not in WORKLOADS:
-        raise ValueError(f"--workload {args.workload!r} must be one of {', '.join(WORKLOADS)}.")
-    for name in ("batch", "context", "page_size", "repeats"):
-        if getattr(args, name) < 1:
-            flag = name.replace("_", "-")
-            raise ValueError(f"--{flag} {getattr(args, name)} must be at least 1.")
-    for name in ("sink_tokens", "recent_pages"):
-        if getattr(args, name) < 0:
-            flag = name.replace("_", "-")
-            raise ValueError(f"--{flag} {getattr(args, name)} must not be negative.")
-    codecs = args.codec or ("4bit_nc", "tq4")
+    check_choice("workload", args.workload, WORKLOADS)
+    check_least(args, "batch", "context", "page_size", "repeats")
+    check_least(args, "sink_tokens", "recent_pages", least=0)
+    codecs = args.codec or GRID.codecs
     for name in codecs:
         if not get_codec(name).lossy:
             raise ValueError(f"--codec {name}: an exact cache has no coded pages.")
@@ -166,31 +186,16 @@ def main(args: Args) -> int:
     shape = WORKLOADS[args.workload]
     rows: list[dict] = []
     for codec in codecs:
-        for together in (False, True):
-            spec = layer_spec(args, shape, codec, together=together).checked()
-            row: dict[str, Any] = {"codec": codec}
-            row |= measure(args, shape, spec, together=together)
-            plain = row if not together else rows[-1]
-            row["more_a_byte"] = row["us_per_mb"] / plain["us_per_mb"] - 1
-            rows.append(row)
-            log.print(f"{codec} {'together' if together else 'plain'}: {row['us']:.1f} us")
-    number = lambda x, form: "-" if x is None else format(x, form)
-    columns = {
-        "codec": [row["codec"] for row in rows],
-        "": ["together" if row["together"] else "plain" for row in rows],
-        "MB seen": [f"{row['mb']:.1f}" for row in rows],
-        "us": [f"{row['us']:.1f}" for row in rows],
-        "all us": [number(row["all_us"], ".1f") for row in rows],
-        "more a byte": [f"{row['more_a_byte']:+.1%}" for row in rows],
-        "error": [f"{row['error']:.1e}" + ("" if row["ok"] else " FAIL") for row in rows],
-    }
+        rows += measure_both(args, shape, codec)
+        log.print(f"{codec}: plain {rows[-2]['us']:.1f} us, together {rows[-1]['us']:.1f} us")
     about = f"{args.workload}, batch {args.batch}, {args.context} tokens"
-    if spec.window is not None:
-        about += f", window {spec.window}"
-    title = f"{about}, {jax.devices()[0].device_kind}"
-    Console(file=sys.stdout, highlight=False).print(make_table(title, columns))
+    window = shape.window if args.window is None else args.window
+    if window is not None:
+        about += f", window {window}"
+    device = jax.devices()[0].device_kind
+    show(rows, f"{about}, {device}")
     if args.json:
-        print(json.dumps({"case": about, "device": jax.devices()[0].device_kind, "results": rows}))
+        print(json.dumps({"case": about, "device": device, "results": rows}))
     return int(not all(row["ok"] for row in rows))
 
 

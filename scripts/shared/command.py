@@ -1,16 +1,19 @@
-"""What every command line shares: argument parsing, one-line errors, the compilation cache."""
+"""How every command starts: parsed arguments, one-line errors, kept compiled programs.
+
+The environment variable JAXKV_DEBUG=1 shows a traceback in place of the one-line error.
+"""
 
 import contextlib
 import io
 import os
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import jax
 import tyro
 
 from models.checkpoints.errors import one_line
+from models.smollm2 import cache_folder
 
 
 def run_command(main: Callable, args_type: type) -> None:
@@ -35,7 +38,7 @@ def run_command(main: Callable, args_type: type) -> None:
 
 
 def _parse(args_type: type):
-    """The arguments; what tyro says of bad ones, in a box of several lines, becomes one line."""
+    """The arguments; tyro's box of several lines about bad ones becomes one line."""
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
@@ -52,8 +55,14 @@ def _parse(args_type: type):
     sys.exit(2)
 
 
-def keep_compiled_programs(folder: Path) -> None:
-    """Lets JAX keep compiled programs in `folder`, so that a second start skips compiling."""
+def keep_compiled_programs() -> None:
+    """Lets JAX keep compiled programs in the user's cache, so that a second start skips compiling.
+
+    If JAX already has a folder for them (JAX_COMPILATION_CACHE_DIR), it stays.
+    """
+    if jax.config.values["jax_compilation_cache_dir"]:
+        return
+    folder = cache_folder() / "xla"
     folder.mkdir(parents=True, exist_ok=True)
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

@@ -3,11 +3,13 @@
 import hashlib
 import importlib
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-# Prose rather than grammar, 16,000 tokens. `objects` and `execmodel` are what the streaming
-# evaluation starts with; nothing is calibrated on them.
+import numpy as np
+
+# 16,000 tokens of prose rather than grammar.
 CHAPTERS = ("objects", "execmodel", "types", "customization")
 
 
@@ -19,18 +21,18 @@ class Text(NamedTuple):
 
     @property
     def sha256(self) -> str:
-        """Of the text as UTF-8: what pins it, as Python's chapters differ by its version."""
+        """Of the text as UTF-8: tells which text was scored, as chapters differ between Pythons."""
         return hashlib.sha256(self.text.encode()).hexdigest()
 
 
-def read_text(path: Path | None) -> Text:
-    """The file's text, or the packaged one without a path.
+def read_text(path: Path | None, chapters: Sequence[str] = CHAPTERS) -> Text:
+    """The file's text, or without a path those chapters of the Python reference.
 
     Raises:
       ValueError: unreadable, not UTF-8, empty; or this Python lacks the chapters.
     """
     if path is None:
-        return _packaged()
+        return _packaged(chapters)
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -42,11 +44,19 @@ def read_text(path: Path | None) -> Text:
     return Text(text, str(path))
 
 
-def _packaged() -> Text:
+def first_tokens(text: Text, tokenizer, count: int) -> np.ndarray:
+    """The text's first `count` tokens, `i32[count]`; ValueError if it has fewer."""
+    tokens = np.asarray(tokenizer.encode(text.text)[:count], np.int32)
+    if len(tokens) < count:
+        raise ValueError(f"{text.source} has {len(tokens)} tokens, fewer than --tokens {count}.")
+    return tokens
+
+
+def _packaged(chapters: Sequence[str]) -> Text:
     try:
         topics = importlib.import_module("pydoc_data.topics").topics
-        text = "\n\n".join(topics[name] for name in CHAPTERS)
+        text = "\n\n".join(topics[name] for name in chapters)
     except (ImportError, KeyError) as error:
         raise ValueError(f"this Python has no pydoc topics ({error}): give --text FILE.") from None
-    names = ", ".join(CHAPTERS)
+    names = ", ".join(chapters)
     return Text(text, f"pydoc_data.topics ({names}) of Python {platform.python_version()}")

@@ -17,22 +17,6 @@ ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "generate.py"
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """The tiny Llama of the oracles with a byte-level tokenizer of its 256 tokens."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-    path = tmp_path_factory.mktemp("tiny")
-    for name in ("config.json", "model.safetensors"):
-        shutil.copy(ROOT / "tests" / "oracles" / "llama" / name, path)
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({c: n for n, c in enumerate(alphabet)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.save(str(path / "tokenizer.json"))
-    return path
-
-
 def run(*args, stdin: str = "") -> subprocess.CompletedProcess:
     command = [sys.executable, str(SCRIPT), *map(str, args)]
     return subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=300)
@@ -129,7 +113,6 @@ def test_bad_input_is_one_line_and_exit_code_2(folder, args, message):
 
 @pytest.mark.parametrize("kv", ["exact", "fp8_e4m3", "tq4"])
 def test_random_weights_continue_random_prompts(monkeypatch, capsys, kv):
-    monkeypatch.setattr(generate, "keep_compiled_programs", lambda folder: None)
     layer = dataclasses.replace(SHAPES["tiny"], windows=(None,))  # one: each is compiled
     monkeypatch.setitem(SHAPES, "tiny", layer)
     asked = dict(prompt_tokens=19, batch=3, max_tokens=5)
@@ -156,8 +139,7 @@ def test_random_weights_continue_random_prompts(monkeypatch, capsys, kv):
         (dict(prompt=("x",), batch=2), "--batch 2 needs random weights"),
     ],
 )
-def test_prompts_that_do_not_go_with_the_model(monkeypatch, args, message):
-    monkeypatch.setattr(generate, "keep_compiled_programs", lambda folder: None)
+def test_prompts_that_do_not_go_with_the_model(args, message):
     with pytest.raises(ValueError, match=message):
         generate.main(generate.Args(**args))
 

@@ -1,5 +1,6 @@
 """scripts/plan.py: bytes equal to live caches, the largest that fits, one-line errors."""
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -12,15 +13,23 @@ import pytest
 import jaxkv
 from jaxkv.codecs import codec_names
 from scripts import plan
+from scripts.shared.keep import CodecsOptions
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "tests" / "oracles" / "llama" / "config.json"
 
 
+def make_args(**options) -> plan.Args:
+    """The arguments; options of what the cache keeps are found among them."""
+    names = {field.name for field in dataclasses.fields(CodecsOptions)}
+    keep = {name: options.pop(name) for name in names & options.keys()}
+    return plan.Args(keep=CodecsOptions(**keep), **options)
+
+
 def rows_of(capsys, **options) -> dict[str, dict]:
     """Runs the script's main; its results by codec."""
-    args = dict(model=str(CONFIG), tokens=300, page_size=16, memory=0.01, json=True)
-    assert plan.main(plan.Args(**args | options)) == 0
+    options = dict(model=str(CONFIG), tokens=300, page_size=16, memory=0.01, json=True) | options
+    assert plan.main(make_args(**options)) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     return {row["codec"]: row for row in result["results"]}
 
@@ -129,7 +138,7 @@ def test_the_table_cuts_no_number_short(capsys):
 )
 def test_bad_arguments(change, message):
     with pytest.raises(ValueError, match=message):
-        plan.main(plan.Args(**dict(model=str(CONFIG)) | change))
+        plan.main(make_args(**dict(model=str(CONFIG)) | change))
 
 
 def test_an_error_is_one_line_and_exit_code_2():

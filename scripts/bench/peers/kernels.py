@@ -1,4 +1,4 @@
-"""Other kernels beside ours, in the same process: JAX's paged attention, torch's SDPA.
+"""Other attention kernels beside ours, in the same process: JAX's paged attention, torch's SDPA.
 
 A peer that can't serve a case says why.
 """
@@ -6,6 +6,7 @@ A peer that can't serve a case says why.
 import functools
 import importlib
 import warnings
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import jax
@@ -14,26 +15,21 @@ import numpy as np
 from jax.experimental import pallas as pl
 
 from models.checkpoints.errors import one_line
-from pallas_kernels.pages import ExactPages
-from scripts.bench.problems import (
-    EXACT_DTYPE,
-    Data,
-    Problem,
-    Sizes,
-    abstract_inputs,
-    relative_error,
-)
+from scripts.bench.attend import abstract_inputs, relative_error
+from scripts.bench.fill import Data, exact_pools
+from scripts.bench.problems import EXACT_DTYPE, Problem, Sizes
 from scripts.bench.timing import Timing, device_time
+from scripts.shared.options import GIB
 
 JAX_PEER = "jax paged_attention"
 TORCH_PEER = "torch SDPA"
-JAX_TILINGS = ((1, 4, 2), (2, 4, 2), (2, 8, 3))  # pages a step, warps, stages
-PROGRAMS = 1056  # to split sequences for
+JAX_TILINGS = ((1, 4, 2), (2, 4, 2), (2, 8, 3))  # pages per step, warps, stages
+PROGRAMS = 1056  # sequences are split so that there are about this many
 
 
 @functools.cache
 def jax_peer_module():
-    """JAX's example kernel, which some versions lack."""
+    """JAX's example kernel; None where this version of JAX lacks it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         try:
@@ -43,7 +39,7 @@ def jax_peer_module():
 
 
 def dense_peer_refusal(problem: Problem) -> str | None:
-    """Why no peer serves a case."""
+    """Why no peer serves a case; None if one may."""
     if problem.case.codec != "exact":
         return "bfloat16 alone"
     if jax.default_backend() != "gpu":
@@ -61,12 +57,13 @@ def jax_peer_refusal(problem: Problem) -> str | None:
 
 
 def jax_peer_splits(sizes: Sizes) -> int:
+    """Parts that each sequence is cut into."""
     programs = sizes.batch * sizes.workload.kv_heads
     return pl.next_power_of_2(max(1, -(-PROGRAMS // programs)))
 
 
 def jax_peer(module, sizes: Sizes, tiling, q, k_pages, v_pages, table, lengths) -> jax.Array:
-    """Its output; pools are `[kv_heads, pages, page_size, head_dim]`, the table is filled up."""
+    """JAX's output; pools are `[kv_heads, pages, page_size, head_dim]`, the table gets padded."""
     block_pages, warps, stages = tiling
     splits = jax_peer_splits(sizes)
     extra = -table.shape[1] % (splits * block_pages)
@@ -86,6 +83,7 @@ def jax_peer(module, sizes: Sizes, tiling, q, k_pages, v_pages, table, lengths) 
 
 
 def jax_peer_inputs(sizes: Sizes) -> tuple:
+    """The shapes of queries, pools, page table and lengths, to compile for."""
     data, table, spans = abstract_inputs(sizes)
     shape = sizes.workload
     pool = jax.ShapeDtypeStruct(
@@ -95,7 +93,7 @@ def jax_peer_inputs(sizes: Sizes) -> tuple:
 
 
 class PeerResult(NamedTuple):
-    """What a peer took, its error, and what else is to be known of it."""
+    """A peer's time and error, and notes on how it was run."""
 
     timing: Timing
     error: float | None
@@ -103,22 +101,19 @@ class PeerResult(NamedTuple):
 
 
 class Checked(NamedTuple):
-    """What outputs must be: the reference's, of sequences of some lengths, on the last layer."""
+    """The reference's outputs on the last layer."""
 
     timed: jax.Array  # at the lengths that are timed
-    random: jax.Array  # at random ones
+    random: jax.Array  # at random lengths
 
 
 def run_jax_peer(
     problem: Problem, data: Data, programs, want: Checked | None, repeats: int
 ) -> PeerResult:
     """Measures it at its best tiling."""
-    sizes, pages = problem.sizes, data.pages
-    assert isinstance(pages, ExactPages)
+    sizes, (k, v) = problem.sizes, exact_pools(data)
     heads_first = jax.jit(lambda pool, layer: jnp.swapaxes(pool[layer], 0, 1))
-    pools = [
-        (heads_first(pages.k, layer), heads_first(pages.v, layer)) for layer in range(sizes.layers)
-    ]
+    pools = [(heads_first(k, layer), heads_first(v, layer)) for layer in range(sizes.layers)]
     table = jnp.asarray(problem.table)
     best, timing, error, refused = "", None, None, ""
     for tiling in JAX_TILINGS:
@@ -151,8 +146,8 @@ def torch_peer_refusal(problem: Problem) -> str | None:
     return "no ragged lengths" if problem.case.ragged else None
 
 
-def contiguous_keys(problem: Problem, pages: ExactPages, layer: int) -> tuple:
-    """Keys and values that are seen, `[batch, kv_heads, tokens, head_dim]`, without pages."""
+def contiguous_keys(problem: Problem, data: Data, layer: int) -> tuple:
+    """Visible keys and values copied out of their pages, `[batch, kv_heads, tokens, head_dim]`."""
     size, width = problem.sizes.page_size, problem.sizes.width
     length, window = int(problem.lengths[0]), problem.sizes.workload.window
     start = 0 if window is None else max(0, length - window)
@@ -165,20 +160,19 @@ def contiguous_keys(problem: Problem, pages: ExactPages, layer: int) -> tuple:
         x = x.reshape(*x.shape[:2], -1, x.shape[-1])
         return x[:, :, start - first * size : length - first * size]
 
-    return tuple(gather(pool, layer, jnp.asarray(order)) for pool in (pages.k, pages.v))
+    return tuple(gather(pool, layer, jnp.asarray(order)) for pool in exact_pools(data))
 
 
 def run_torch_peer(problem: Problem, data: Data, want: Checked | None, repeats: int) -> PeerResult:
-    """Measures SDPA over keys without pages: an upper bound of dense kernels, no paged one."""
+    """Measures SDPA over contiguous keys, an upper bound for dense kernels: it reads no pages."""
     try:
         import torch  # type: ignore[import-not-found]
     except ImportError:
         raise NotImplementedError("torch is not installed") from None
     if not torch.cuda.is_available():
         raise NotImplementedError("torch sees no GPU")
-    assert isinstance(data.pages, ExactPages)
-    sizes, pages = problem.sizes, data.pages
-    shared = [contiguous_keys(problem, pages, layer) for layer in range(sizes.layers)]
+    sizes = problem.sizes
+    shared = [contiguous_keys(problem, data, layer) for layer in range(sizes.layers)]
     q = jnp.swapaxes(data.q, 1, 2)
     jax.block_until_ready((q, shared))
     keys = [tuple(torch.from_dlpack(x) for x in pair) for pair in shared]
@@ -198,3 +192,39 @@ def run_torch_peer(problem: Problem, data: Data, want: Checked | None, repeats: 
     timing = Timing(float(np.median(us)), float(us.min()), float(us.max()))
     error = None if want is None else relative_error(jnp.asarray(found), want.timed)
     return PeerResult(timing, error, {})
+
+
+def measure_peers(
+    problem: Problem,
+    data: Data,
+    programs,
+    want: Checked | None,
+    *,
+    repeats: int,
+    max_gib: float,
+) -> Iterator[tuple[str, PeerResult | str]]:
+    """Measures each peer that serves the case.
+
+    Returns:
+      Pairs of a peer's name and its result, or the reason why there is none.
+    """
+    peers: dict[str, tuple[Callable, Callable]] = {
+        JAX_PEER: (
+            jax_peer_refusal,
+            lambda: run_jax_peer(problem, data, programs, want, repeats),
+        ),
+        TORCH_PEER: (torch_peer_refusal, lambda: run_torch_peer(problem, data, want, repeats)),
+    }
+    pool_bytes = problem.sizes.layers * problem.sizes.layer_bytes
+    for name, (refusal, run) in peers.items():
+        reason = "its case with smaller pools has it" if problem.case.layers else refusal(problem)
+        if 2 * pool_bytes > max_gib * GIB:
+            reason = reason or f"a second copy of the pools exceeds --max-gib {max_gib:g}"
+        if reason is not None:
+            yield name, reason
+            continue
+        try:
+            result = run()
+        except Exception as failure:  # a peer's fault is none of ours
+            result = one_line(failure)
+        yield name, result

@@ -7,7 +7,7 @@ import pytest
 import jaxkv
 from jaxkv.config import LayerGroup
 from scripts.bench import segments
-from scripts.bench.problems import WORKLOADS
+from scripts.bench.cases import WORKLOADS
 from scripts.bench.segments import Args, layer_spec, visible_bytes
 
 TINY = dict(workload="tiny", batch=2, context=150, page_size=16, repeats=1, window=70)

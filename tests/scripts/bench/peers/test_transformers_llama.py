@@ -1,4 +1,4 @@
-"""scripts/bench/peers/llama.py: what fits; processes that answer, fail, hang or lack a package."""
+"""transformers_llama.py: what fits; processes that answer, fail, hang or lack a package."""
 
 import dataclasses
 import importlib.util
@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from scripts.bench.peers import llama
-from scripts.bench.peers.llama import Case, check_packages, run_case
+from scripts.bench.peers import transformers_llama as peer
+from scripts.bench.peers.transformers_llama import Case, check_packages, run_case
 
 TINY = Case(
     layers=2,
@@ -33,9 +33,9 @@ def program(tmp_path, monkeypatch):
     def write(text: str) -> None:
         peers = tmp_path / "scripts" / "bench" / "peers"
         peers.mkdir(parents=True)
-        (peers / "llama.py").write_text(text)
+        (peers / "transformers_llama.py").write_text(text)
 
-    monkeypatch.setattr(llama, "ROOT", tmp_path)
+    monkeypatch.setattr(peer, "ROOT", tmp_path)
     return write
 
 
@@ -65,7 +65,7 @@ def test_a_process_that_hangs_is_killed_with_its_children(program, tmp_path):
 
 
 def test_a_missing_package_is_named(monkeypatch):
-    monkeypatch.setattr(llama, "PACKAGES", ("json", "no_such_package"))
+    monkeypatch.setattr(peer, "PACKAGES", ("json", "no_such_package"))
     with pytest.raises(ValueError, match="--peers needs the package no_such_package"):
         check_packages()
 
@@ -81,9 +81,7 @@ def test_what_fits_an_80_gb_card(batch, fits):
     assert llama3_8b.bytes > 2 * 8.03e9  # the published number of parameters
 
 
-@pytest.mark.skipif(
-    not all(map(importlib.util.find_spec, llama.PACKAGES)), reason="no transformers"
-)
+@pytest.mark.skipif(not all(map(importlib.util.find_spec, peer.PACKAGES)), reason="no transformers")
 def test_transformers_decodes():
     row = run_case(TINY, limit=120)
     assert (row["batch"], row["codec"]) == (3, "transformers eager")

@@ -1,10 +1,10 @@
-"""scripts/bench/step.py and prefill.py: a tiny model of random weights, whole, on a CPU."""
+"""scripts/bench/prefill.py: a tiny model of random weights, whole, on a CPU."""
 
 import json
 
 import pytest
 
-from scripts.bench import prefill, step
+from scripts.bench import prefill
 
 
 def last_line(capsys):
@@ -38,24 +38,6 @@ def test_a_wrong_backend_fails_the_run(capsys, monkeypatch):
     assert "can't be called fast" in capsys.readouterr().err
 
 
-def test_steps(capsys):
-    args = step.Args(
-        shape="tiny",
-        codec=("exact",),
-        batch=(2,),
-        context=40,
-        steps=2,
-        repeats=1,
-        dtype="float32",
-        json=True,
-    )
-    assert step.main(args) == 0
-    [row] = last_line(capsys)["results"]
-    assert row["tokens_per_second"] == pytest.approx(2e3 / row["step_ms"])
-    assert row["kv_gb"] > 0 and row["weights_gb"] > 0
-
-
-@pytest.mark.parametrize("script", [prefill, step])
-def test_a_shape_that_is_not_there_is_named(script):
+def test_a_shape_that_is_not_there_is_named():
     with pytest.raises(ValueError, match="shape 'llama9' must be one of llama3-8b"):
-        script.main(script.Args(shape="llama9"))
+        prefill.main(prefill.Args(shape="llama9"))

@@ -1,7 +1,7 @@
-"""step.py's and prefill.py's peer: transformers' Llama, random weights.
+"""transformers' Llama of random weights beside ours, for the benchmarks of steps and prompts.
 
-A case runs in a process of its own, without JAX: it finds the whole device free and leaves it so, a
-compiler that hangs can be killed, and no case's programs are made to fit another's shapes, too.
+Each case runs this file in a process of its own, without JAX: it finds the whole device free and
+leaves it so, a compiler that hangs can be killed, and no case's programs are shaped by another's.
 """
 
 import contextlib
@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -23,7 +24,7 @@ PACKAGES = ("torch", "transformers")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
-    """What one process measures: a Llama's sizes, and the steps."""
+    """What one process measures: a Llama's sizes, and its prompts or decode steps."""
 
     layers: int
     hidden_size: int
@@ -36,13 +37,13 @@ class Case:
     batch: int
     context: int  # tokens of each prompt
     steps: int  # timed together
-    repeats: int  # times that many steps, after as many that warm up
-    compiled: bool  # torch.compile(mode="reduce-overhead"), what `generate` does by itself on CUDA
+    repeats: int  # times that `steps` steps are timed, after the first `steps`, which warm up
+    compiled: bool  # torch.compile(mode="reduce-overhead"), as `generate` does by itself on CUDA
     prompts: bool = False  # measure reading the prompts, eagerly, in place of decode steps
 
     @property
     def name(self) -> str:
-        """As the table says it."""
+        """Of its row in the table."""
         return f"transformers {'compiled' if self.compiled else 'eager'}"
 
     @property
@@ -52,7 +53,7 @@ class Case:
 
     @property
     def bytes(self) -> int:
-        """Least memory: weights, the cache, and what the MLP makes of the whole prompt at once."""
+        """Least memory: weights, the cache, and the MLP's activations for the whole prompt."""
         attention = self.hidden_size * self.head_dim * 2 * (self.q_heads + self.kv_heads)
         layer = attention + 3 * self.hidden_size * self.intermediate_size
         weights = self.layers * layer + 2 * self.vocab_size * self.hidden_size
@@ -69,6 +70,42 @@ def check_packages() -> None:
             raise ValueError(f"--peers needs the package {name}, which is not installed.")
 
 
+def llama_case(config, **options) -> Case:
+    """A case of a `models.DecoderConfig`'s sizes; `options` are the other fields."""
+    names = ("layers", "hidden_size", "intermediate_size", "q_heads", "kv_heads", "head_dim")
+    sizes = {name: getattr(config, name) for name in (*names, "vocab_size")}
+    return Case(**sizes, **options)
+
+
+def measure_cases(
+    cases: list[Case], *, memory: float, limit: float, log: Callable[[str], None]
+) -> Iterator[dict]:
+    """Measures every case that fits and ends well; `log` hears of the others.
+
+    Args:
+      cases: in the order in which they run.
+      memory: GiB of the device; a case that needs more than 2 GiB less is left out.
+      limit: seconds after which a case is given up.
+      log: is told of each row, and why there is none.
+
+    Returns:
+      Rows as `run_case` returns them.
+    """
+    for case in cases:
+        name = f"batch {case.batch}, {case.name}"
+        if case.bytes > (memory - 2) * 2**30:
+            need = f"{case.bytes / 2**30:.1f} GiB of weights, cache and prompt"
+            log(f"{name}: {need} do not fit")
+            continue
+        try:
+            row = run_case(case, limit=limit)
+        except RuntimeError as error:
+            log(f"{name}: {error}")
+            continue
+        log(f"{name}: {row}")
+        yield row
+
+
 def run_case(case: Case, *, limit: float) -> dict:
     """Measures a case in a process of its own.
 
@@ -79,7 +116,7 @@ def run_case(case: Case, *, limit: float) -> dict:
       RuntimeError: it failed, or took longer than `limit` seconds; its errors went to stderr.
     """
     asked = json.dumps(dataclasses.asdict(case))
-    command = [sys.executable, "-m", "scripts.bench.peers.llama", asked]
+    command = [sys.executable, "-m", "scripts.bench.peers.transformers_llama", asked]
     # A file, not a pipe: a compiler's workers hold a pipe open after their parent has ended.
     with tempfile.TemporaryFile("w+") as out:
         child = subprocess.Popen(command, cwd=ROOT, stdout=out, start_new_session=True)
@@ -116,7 +153,7 @@ def build(case: Case) -> tuple:
         rms_norm_eps=1e-5,
         rope_parameters={"rope_type": "default", "rope_theta": 500_000.0},
         bos_token_id=None,
-        eos_token_id=None,  # nothing ends a sequence, and no step looks for what would
+        eos_token_id=None,  # nothing ends a sequence, and no step looks for an end
     )
     torch.manual_seed(0)
     with device:  # weights are drawn where they stay
@@ -159,7 +196,7 @@ def measure_steps(case: Case) -> dict:
     """Runs `generate` once, with a static cache; a clock in its loop times `steps` steps together.
 
     The prompt and the first `steps`, in which programs compile and CUDA graphs are recorded, do not
-    count. As in step.py the first counted step sees `context + steps` tokens.
+    count. As in scripts/bench/step.py the first counted step sees `context + steps` tokens.
     """
     import torch  # pyright: ignore[reportMissingImports]
     import transformers  # pyright: ignore[reportMissingImports]
