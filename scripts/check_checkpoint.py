@@ -26,7 +26,12 @@ UNREADABLE = (ValueError, TypeError, KeyError, OSError, EOFError)  # np.load can
 
 @dataclasses.dataclass
 class Args:
-    """Compares a checkpoint's logits with the ones stored beside it (io.npz)."""
+    """Compares a checkpoint's logits with the ones stored beside it (io.npz).
+
+    Examples:
+      check_checkpoint.py path/to/folder
+      check_checkpoint.py path/to/folder --tol 1e-4 --scan
+    """
 
     dir: Annotated[Path, tyro.conf.Positional]
     """Folder with config.json, model.safetensors and io.npz."""

@@ -34,6 +34,8 @@ PLOT = "eval_quality.png"
 class Args:
     """Measures KV codecs on a text: KL, perplexity and top-1 agreement against the exact cache.
 
+    Without --codec it measures all codecs but 'exact', which the others are compared with.
+
     Examples:
       eval_quality.py
       eval_quality.py --codec 4bit_nc --codec tq4 --tokens 4096 --json

@@ -30,7 +30,12 @@ WARM_UP = 4  # steps of each cache before the clock starts
 
 @dataclasses.dataclass
 class Args:
-    """Prints the time of a decode step for each codec, relative to the exact cache."""
+    """Prints the time of a decode step for each codec, relative to the exact cache.
+
+    Examples:
+      codecs.py
+      codecs.py --codec tq4 --batch 8 --context 4096 --pages 1
+    """
 
     model: str = GRID.models[0]
     """'smollm2', a GGUF file, or a Hugging Face folder."""

@@ -30,7 +30,12 @@ GRID = GRIDS["generate"]
 
 @dataclasses.dataclass
 class Args:
-    """Prints tokens per second of prefill and decode, ours beside transformers and llama.cpp."""
+    """Prints tokens per second of prefill and decode, ours beside transformers and llama.cpp.
+
+    Examples:
+      generate.py --batch 1 --repeats 3
+      generate.py --batch 1 8 --new-tokens 64 --no-peers
+    """
 
     model: str = GRID.models[0]
     """'smollm2', a GGUF file, or a Hugging Face folder (no llama.cpp then)."""

@@ -4,10 +4,11 @@ The environment variable JAXKV_DEBUG=1 shows a traceback in place of the one-lin
 """
 
 import contextlib
+import inspect
 import io
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import tyro
@@ -21,7 +22,7 @@ def run_command(main: Callable, args_type: type) -> None:
 
     A ValueError, NotImplementedError or OSError is bad input: one line on stderr, exit code 2.
     """
-    args = _parse(args_type)
+    args = parse(args_type)
     try:
         code = main(args)
     except BrokenPipeError:  # the reader of our output has gone: `| head`
@@ -37,12 +38,21 @@ def run_command(main: Callable, args_type: type) -> None:
     sys.exit(code)
 
 
-def _parse(args_type: type):
-    """The arguments; tyro's box of several lines about bad ones becomes one line."""
+def parse(args_type: type, args: Sequence[str] | None = None):
+    """The arguments (None: the command line's) as an `args_type`, a dataclass.
+
+    Fields are the options, the text below each is its help, and the class's docstring with its
+    examples heads --help. tyro's box of several lines about bad arguments becomes one line.
+    """
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.cli(args_type, config=(tyro.conf.OmitArgPrefixes,))
+            return tyro.cli(
+                args_type,
+                args=args,
+                description=inspect.getdoc(args_type),
+                config=(tyro.conf.OmitArgPrefixes,),
+            )
     except SystemExit as stop:
         if stop.code in (None, 0):  # --help
             raise

@@ -14,9 +14,9 @@ class WindowOptions:
 
     window: int | None = None
     """Tokens that a query sees, the newest ones: constant memory for any length.
-    Default: as many as the model sees."""
+    None: as many as the model sees."""
     sink_tokens: int | None = None
-    """First tokens kept beside the window for ever (StreamingLLM; 4 is usual). Default: none."""
+    """First tokens kept beside the window for ever (StreamingLLM; 4 is usual)."""
 
     def keep(self, codec: str | KVCodec = "exact", *, dtype: str | None = None) -> jaxkv.Keep:
         """What the options ask for, with pages stored by `codec`."""
@@ -51,12 +51,12 @@ class CodecsOptions(KeepOptions):
     """Codecs to compare, which tokens the cache keeps, and which of them stay exact."""
 
     codec: Names = ()
-    """A codec's name, repeat for several (generate.py --kv help lists them). Default: all."""
+    """Name of a codec; repeat for several. Default: all, which `generate.py --kv help` lists."""
     recent_pages: int | None = None
-    """Newest pages that stay exact. Default: as each codec defines (published ones: 0)."""
+    """Newest pages that stay exact. None: as each codec defines (published ones: 0)."""
     sink_tokens: int | None = None
-    """First tokens that stay exact, and beside --window for ever. Default: as each codec
-    defines, and none beside --window."""
+    """First tokens that stay exact, and beside --window for ever (StreamingLLM; 4 is usual).
+    None: exact ones as each codec defines, and none beside --window."""
 
     def keep(self, codec: str | KVCodec = "exact", *, dtype: str | None = None) -> jaxkv.Keep:
         """What the options ask for; without a window, sink tokens are the codec's alone."""

@@ -8,7 +8,7 @@ from models.checkpoints.errors import one_line
 def has_matplotlib() -> bool:
     """Whether matplotlib can be imported."""
     try:
-        from matplotlib.backends import backend_agg  # noqa: F401
+        from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: F401
     except ImportError:
         return False
     return True

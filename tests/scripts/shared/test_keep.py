@@ -3,18 +3,14 @@
 import dataclasses
 
 import pytest
-import tyro
 
 import jaxkv
 from jaxkv.codecs import codec_names, get_codec
 from scripts import eval_quality, eval_streaming, generate, plan
+from scripts.shared.command import parse
 from scripts.shared.keep import CodecsOptions, KeepOptions, WindowOptions
 
 LOSSY = tuple(name for name in codec_names() if name != "exact")
-
-
-def parse(command, *flags: str):
-    return tyro.cli(command.Args, args=flags, config=(tyro.conf.OmitArgPrefixes,))
 
 
 def test_one_flag_is_one_field_of_keep():
@@ -32,17 +28,17 @@ def test_without_a_window_sinks_are_those_of_the_codecs():
 
 @pytest.mark.parametrize("command", [generate, plan, eval_quality, eval_streaming])
 def test_commands_share_the_flags(command):
-    keep = parse(command, "--window", "64", "--sink-tokens", "3").keep
+    keep = parse(command.Args, ["--window", "64", "--sink-tokens", "3"]).keep
     assert (keep.window, keep.sink_tokens) == (64, 3)
     assert isinstance(keep, WindowOptions)
     if command is not eval_streaming:
-        keep = parse(command, "--keep-first", "1", "--sink-positions", "cache").keep
+        keep = parse(command.Args, ["--keep-first", "1", "--sink-positions", "cache"]).keep
         assert (keep.keep_first, keep.sink_positions) == (1, "cache")
 
 
 def test_streaming_has_its_own_defaults():
-    assert dataclasses.astuple(parse(eval_streaming).keep) == (256, 4)
-    assert parse(plan, "--codec", "tq4", "--codec", "int8").keep.codec == ("tq4", "int8")
+    assert dataclasses.astuple(parse(eval_streaming.Args, []).keep) == (256, 4)
+    assert parse(plan.Args, ["--codec", "tq4", "--codec", "int8"]).keep.codec == ("tq4", "int8")
 
 
 def test_published_codecs_run_as_published_and_recipes_keep_theirs():
