@@ -1,7 +1,7 @@
 """What each codec costs per decode step: the same model and tokens, one cache after the other.
 
 Every cache takes the next step in turn, so that a busy machine slows all alike. Steps are averaged
-over whole pages: quantizing a page, which one step in `page_size` does, is in the mean.
+over whole pages, so that the mean includes the one step in `page_size` that quantizes a page.
 """
 
 import dataclasses

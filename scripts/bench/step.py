@@ -204,7 +204,7 @@ def main(args: Args) -> int:
     draw = functools.partial(models.random_model, args.shape, scan=args.scan, dtype=args.dtype)
     took, model = timed(draw)
     weights = sum(x.nbytes for x in jax.tree.leaves(nnx.state(model)))
-    read = weights - model.embedding.get_value().nbytes  # a step gathers few of its rows
+    read = weights - model.embedding.get_value().nbytes  # each step gathers few of its rows
     log(f"weights, {weights / GIB:.2f} GiB, drawn in {took:.0f} s")
     configs = configs_that_fit(args, model, weights, log)
     took, programs = timed(lambda: compile_all(args, model, configs))

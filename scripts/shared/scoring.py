@@ -154,8 +154,8 @@ def stored_bits(cache: jaxkv.KVCache) -> float:
         store = state.exact if state.body is None else state.body
         assert store is not None
         spec = group.spec
-        values = 2 * spec.kv_heads * spec.head_dim * cache.config.page_size  # of a layer's page
-        bits += 8 * store.page_bytes / values  # a page over the group's layers
+        values = 2 * spec.kv_heads * spec.head_dim * cache.config.page_size  # per page and layer
+        bits += 8 * store.page_bytes / values  # of all layers of the group
     return bits / len(cache.config.layers)
 
 
