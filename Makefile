@@ -29,7 +29,7 @@ test: $(VENV)/.test ## run the tests; ARGS="-m 'not slow'" leaves out the slow o
 	$(PY) -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 bench: $(VENV)/.demo $(if $(PEERS),$(VENV)/.bench) ## measure generation; PEERS=1 installs torch, transformers, llama.cpp
-	$(PY) scripts/bench_generate.py $(ARGS)
+	$(PY) scripts/bench/generate.py $(ARGS)
 
 lint: $(VENV)/.test ## check with ruff and pyright
 	$(PY) -m ruff check .

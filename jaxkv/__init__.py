@@ -2,13 +2,13 @@
 
 from jaxkv.cache import KVCache as KVCache
 from jaxkv.config import CacheConfig as CacheConfig
-from jaxkv.config import LayerSpec as LayerSpec
+from jaxkv.explain import explain as explain
 from jaxkv.generate import Generation as Generation
 from jaxkv.generate import Sizes as Sizes
 from jaxkv.generate import generate as generate
 from jaxkv.keep import Keep as Keep
 from jaxkv.key_means import fit_key_means as fit_key_means
 from jaxkv.model import Model as Model
-from jaxkv.report import explain as explain
+from jaxkv.plan import plan as plan
 from jaxkv.sampling import Sampling as Sampling
-from jaxkv.sizing import plan as plan
+from jaxkv.spec import LayerSpec as LayerSpec

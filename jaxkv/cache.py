@@ -12,11 +12,12 @@ import jax
 import jax.numpy as jnp
 
 from jaxkv.allocator import NULL_PAGE
-from jaxkv.config import CacheConfig
+from jaxkv.attend import attend_stores
+from jaxkv.config import CacheConfig, LayerGroup
 from jaxkv.page_tables import entries, look_up
-from jaxkv.read import attend_stores
-from jaxkv.store import GroupState, Store, create_group
+from jaxkv.store import Committed, Fork, NewTokens, Store, create_store
 from pallas_kernels.backends import Backend
+from pallas_kernels.segment import Queries
 from pallas_kernels.shapes import bind_dims
 
 Layer = int | tuple[int, int | jax.Array]  # number, or (group, index in the group)
@@ -27,7 +28,7 @@ Layer = int | tuple[int, int | jax.Array]  # number, or (group, index in the gro
 class KVCache:
     """Keys and values of `config.batch` sequences in pages; see the module's docstring."""
 
-    groups: tuple[GroupState, ...]
+    stores: tuple[Store, ...]  # as `config.stores` describes them
     lengths: jax.Array  # i32[batch], committed tokens
     pending: jax.Array  # i32[batch], tokens prepared and not committed
     starved: jax.Array  # bool[batch], the last prepare or fork found no page for this sequence
@@ -51,7 +52,10 @@ class KVCache:
         config = config.checked()
         # Each array its own: a buffer that stands twice in a donated state is refused.
         return cls(
-            groups=tuple(create_group(group, config.batch, key_means) for group in config.groups),
+            stores=tuple(
+                create_store(store, config.batch, mean)
+                for store, mean in zip(config.stores, _static_means(config, key_means), strict=True)
+            ),
             lengths=jnp.zeros(config.batch, jnp.int32),
             pending=jnp.zeros(config.batch, jnp.int32),
             starved=jnp.zeros(config.batch, bool),
@@ -81,16 +85,16 @@ class KVCache:
             too_long |= self.lengths + new_tokens > self.config.max_tokens
         new_tokens = jnp.where(too_long, 0, jnp.maximum(new_tokens, 0))
         starved, needs = jnp.zeros_like(too_long), jnp.zeros_like(too_long)
-        for store in self._stores:
+        for store in self.stores:
             needed = store.needed(self.lengths, new_tokens)
             needs |= needed > 0
             starved |= jnp.cumsum(needed, dtype=jnp.int32) > store.pool.free_pages
         starved &= needs
         pending = jnp.where(starved, 0, new_tokens)
-        reserve = lambda store: store.reserve(self.lengths, pending, self.config.step_pages)
+        most = self.config.step_pages
         return dataclasses.replace(
             self,
-            groups=tuple(state.map(reserve) for state in self.groups),
+            stores=tuple(store.reserve(self.lengths, pending, most) for store in self.stores),
             pending=pending,
             starved=starved,
             too_long=too_long,
@@ -135,8 +139,8 @@ class KVCache:
           NotImplementedError: the named backend does not serve this.
         """
         number, index = layer if isinstance(layer, tuple) else self.config.locate(layer)
-        group, state = self.config.groups[number], self.groups[number]
-        spec = group.spec
+        group = self.config.groups[number]
+        spec, dims = group.spec, self.stores[group.stores[0]].pages.dims
         sizes = bind_dims(
             lengths=(self.lengths, "batch"),
             q=(q, "batch tokens q_heads head_dim"),
@@ -146,8 +150,8 @@ class KVCache:
             q_sink=(q_sink, "batch tokens q_heads head_dim"),
         )
         for name in ("kv_heads", "head_dim"):
-            if sizes[name] != getattr(spec, name):
-                raise ValueError(f"k.shape={k.shape}: {name} must be {getattr(spec, name)}.")
+            if sizes[name] != dims[name]:
+                raise ValueError(f"k.shape={k.shape}: {name} must be {dims[name]}.")
         if sizes["tokens"] > self.config.max_new_tokens:
             raise ValueError(
                 f"tokens={sizes['tokens']} must be at most {self.config.max_new_tokens=}."
@@ -155,28 +159,24 @@ class KVCache:
         if (q_sink is None) != (spec.q_sink_limit is None):
             wanted = "not taken" if spec.q_sink_limit is None else "needed"
             raise ValueError(f"q_sink is {wanted} with sink_positions={spec.sink_positions!r}.")
-        position = self.positions(sizes["tokens"])
-        row = jnp.arange(sizes["tokens"], dtype=jnp.int32)[None]
-        writes = row < self.pending[:, None]
-        write = lambda store: store.write(index, k, v, position, writes)
-        state = state.map(lambda store: store if store.spec.lag.least else write(store))
-        state = state.quantize_for_chunk(index, self.lengths, self.pending, sizes["tokens"])
+        stores = list(self.stores)
+        new = NewTokens(k, v, self.lengths, self.pending)
+        for own in group.stores:
+            stores[own] = stores[own].spec.fill.attend(stores, own, index, new)
         out = attend_stores(
-            q,
-            state,
-            group=group,
+            Queries(q, self.lengths, self.pending),
+            [stores[own] for own in group.stores],
+            spec,
             layer=index,
-            lengths=self.lengths,
-            pending=self.pending,
             scale=spec.head_dim**-0.5 if scale is None else scale,
             soft_cap=soft_cap,
             sink_logits=sink_logits,
             q_sink=q_sink,
             backend=backend,
         )
-        state = state.after_reading(out)
-        groups = self.groups[:number] + (state,) + self.groups[number + 1 :]
-        return dataclasses.replace(self, groups=groups), out.astype(q.dtype)
+        for own in group.stores:
+            stores[own] = stores[own].after_reading(out)
+        return dataclasses.replace(self, stores=tuple(stores)), out.astype(q.dtype)
 
     def commit(self, accepted: jax.Array) -> "KVCache":
         """Keeps the first `accepted` of the prepared tokens and drops the rest (roll-back).
@@ -189,12 +189,13 @@ class KVCache:
         """
         bind_dims(lengths=(self.lengths, "batch"), accepted=(accepted, "batch"))
         lengths = self.lengths + jnp.clip(accepted, 0, self.pending)
-        step = (self.lengths, self.pending, lengths)
-        groups = (state.quantize_for_commit(*step) for state in self.groups)
-        settle = lambda store: store.settle(*step, self.config.step_pages)
+        step = Committed(self.lengths, self.pending, lengths)
+        stores = list(self.stores)
+        for own, store in enumerate(stores):
+            stores[own] = store.spec.fill.commit(stores, own, step)
         return dataclasses.replace(
             self,
-            groups=tuple(state.map(settle) for state in groups),
+            stores=tuple(store.settle(step, self.config.step_pages) for store in stores),
             lengths=lengths,
             pending=jnp.zeros_like(self.pending),
         )
@@ -202,10 +203,9 @@ class KVCache:
     def free(self, mask: jax.Array) -> "KVCache":
         """Ends the sequences of `mask`, `bool[batch]`: their references go, their length is 0."""
         bind_dims(lengths=(self.lengths, "batch"), mask=(mask, "batch"))
-        groups = tuple(state.map(lambda store: store.drop(mask)) for state in self.groups)
         return dataclasses.replace(
             self,
-            groups=groups,
+            stores=tuple(store.drop(mask) for store in self.stores),
             lengths=jnp.where(mask, 0, self.lengths),
             pending=jnp.where(mask, 0, self.pending),
             starved=self.starved & ~mask,
@@ -232,27 +232,26 @@ class KVCache:
         copies = acts & (length % size > 0)
 
         ended = jnp.zeros(self.config.batch, bool).at[target].set(True, mode="drop")
-        stores, prepared, blocked = [], [], jnp.zeros_like(copies)
-        for store in self._stores:
+        stores, forks, blocked = [], [], jnp.zeros_like(copies)
+        for store in self.stores:
             source = jax.tree.map(lambda table: table[src], store.tables)
-            here = copies & store.spec.is_written(last)[:, 0]  # pages of codes may be complete only
+            # Where only complete pages live, there is no unfinished one.
+            here = copies & store.spec.span.takes_tokens(last)[:, 0]
             page = jnp.where(here[:, None], look_up(source, last), NULL_PAGE)
             held = entries(source)
             shared = jnp.where((held == page) | ~acts[:, None], NULL_PAGE, held)
             store = store.retain(shared).drop(ended)
             blocked |= jnp.cumsum(here, dtype=jnp.int32) > store.pool.free_pages
             stores.append(store)
-            prepared.append((source, page, here))
+            forks.append(Fork(source, page, last, here))
         starved = copies & blocked
         lives = jnp.where(starved, self.config.batch, target)
-        forked = [
-            store.fork(source, page, here & ~starved, starved, last, lives)
-            for store, (source, page, here) in zip(stores, prepared, strict=True)
-        ]
-        remaining = iter(forked)
         return dataclasses.replace(
             self,
-            groups=tuple(state.map(lambda _: next(remaining)) for state in self.groups),
+            stores=tuple(
+                store.fork(fork, fork.copies & ~starved, starved, lives)
+                for store, fork in zip(stores, forks, strict=True)
+            ),
             lengths=self.lengths.at[target].set(jnp.where(starved, 0, length), mode="drop"),
             pending=self.pending.at[target].set(0, mode="drop"),
             starved=self.starved.at[target].set(starved, mode="drop"),
@@ -260,21 +259,42 @@ class KVCache:
         )
 
     @property
-    def _stores(self) -> list[Store]:
-        """Every store of every group, in order."""
-        return [store for state in self.groups for store in state.stores]
-
-    @property
     def pages_in_use(self) -> jax.Array:
         """Pages that hold something in each store, `i32[stores]`; a shared page counts once."""
-        return jnp.stack([store.pages_in_use for store in self._stores])
+        return jnp.stack([store.pages_in_use for store in self.stores])
 
     @property
     def page_bytes(self) -> list[int]:
         """Bytes of one page of each store, over all the layers that share it."""
-        return [store.page_bytes for store in self._stores]
+        return [store.page_bytes for store in self.stores]
 
     @property
     def bytes_reserved(self) -> int:
         """Bytes of every array of the cache."""
         return sum(x.nbytes for x in jax.tree.leaves(self))
+
+
+def _static_means(
+    config: CacheConfig, key_means: Sequence[jax.Array] | None
+) -> list[jax.Array | None]:
+    """For each store the means that its codec removes, `f16[layers, 1, kv_heads, head_dim]`."""
+    means: list[jax.Array | None] = [None] * len(config.stores)
+    for group in config.groups:
+        if group.spec.kv_codec.key_mean == "static":
+            means[group.stores[-1]] = _stored_means(group, key_means)
+    return means
+
+
+def _stored_means(group: LayerGroup, key_means: Sequence[jax.Array] | None) -> jax.Array:
+    """A group's means in the space of the codes."""
+    shape, codec = (group.spec.kv_heads, group.spec.head_dim), group.spec.kv_codec
+    if key_means is None:
+        raise ValueError(
+            f"codec {codec.name!r} removes a static key mean, and key_means=None: fit them with "
+            "jaxkv.fit_key_means (scripts/fit_key_means.py), or use key_mean='page' or None."
+        )
+    own = [jnp.asarray(key_means[layer]) for layer in group.layers]
+    for layer, mean in zip(group.layers, own, strict=True):
+        if mean.shape != shape:
+            raise ValueError(f"key_means[{layer}].shape={mean.shape} must be {shape}.")
+    return codec.stored_mean(jnp.stack(own))[:, None]

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxkv.cache import KVCache
-from jaxkv.config import CacheConfig, cdiv
+from jaxkv.config import CacheConfig
 from jaxkv.keep import Keep
 from jaxkv.model import Model
 from jaxkv.sampling import Sampling
@@ -24,6 +24,7 @@ from jaxkv.steps import (
     start,
 )
 from pallas_kernels.backends import Backend
+from pallas_kernels.shapes import cdiv
 
 # Tables and prompts are rounded up to multiples of this: near lengths share a compiled program.
 TABLE_STEP = 256
@@ -321,7 +322,7 @@ def _prefill(
             peak = np.maximum(peak, np.asarray(used))
             before, done = done, int(fed)
             if done == before:
-                held = [s.pages - 1 for group in cache.config.groups for s in group.stores]
+                held = [store.pages - 1 for store in cache.config.stores]
                 raise ValueError(
                     f"prompts of {total} tokens do not fit pools of {held} pages of "
                     f"{cache.config.page_size} tokens: raise pages or use fewer prompts."

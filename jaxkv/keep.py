@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from jaxkv.codecs import KVCodec
-from jaxkv.config import EXACT, LayerSpec
+from jaxkv.spec import EXACT, LayerSpec
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -52,8 +52,8 @@ def _add_chunk(model: Model, tokens, count, cache: KVCache, sums):
     new = []
     for layer, total in enumerate(sums):
         number, index = cache.config.locate(layer)
-        store, size = cache.groups[number].exact, cache.config.page_size
-        assert store is not None
+        store = cache.stores[cache.config.groups[number].stores[0]]
+        size = cache.config.page_size
         page = look_up(store.tables, position // size)
         # [1, tokens, kv_heads, head_dim]
         keys = store.pages.arrays["k"][index, page, :, position % size]

@@ -7,8 +7,8 @@ import jax
 from jax.typing import DTypeLike
 
 from jaxkv.cache import KVCache
-from jaxkv.config import LayerSpec
 from jaxkv.keep import Keep
+from jaxkv.spec import LayerSpec
 from pallas_kernels.backends import Backend
 
 

@@ -1,4 +1,4 @@
-"""Which logical pages of a sequence are alive, and where their ids stand in its tables.
+"""Where the ids of a sequence's pages stand in its tables.
 
 Logical page `g` holds positions `g * page_size` and on. The first `sink_pages` of them stand in
 the sink table; page `g` after them in slot `g % width` of a ring, so that a windowed sequence of
@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 
 from jaxkv.allocator import NULL_PAGE
-from jaxkv.config import StoreSpec
 
 
 @jax.tree_util.register_dataclass
@@ -23,11 +22,11 @@ class PageTables:
     sinks: jax.Array  # i32[batch, sink_pages]
 
 
-def create_tables(store: StoreSpec, batch: int) -> PageTables:
+def create_tables(batch: int, *, width: int, sink_pages: int) -> PageTables:
     """Returns tables that hold nothing."""
     return PageTables(
-        ring=jnp.full((batch, store.width), NULL_PAGE, jnp.int32),
-        sinks=jnp.full((batch, store.sink_pages), NULL_PAGE, jnp.int32),
+        ring=jnp.full((batch, width), NULL_PAGE, jnp.int32),
+        sinks=jnp.full((batch, sink_pages), NULL_PAGE, jnp.int32),
     )
 
 

@@ -1,4 +1,4 @@
-"""Holds a checkpoint's logits against stored ones: one prefill, and chunks plus cached decode.
+"""Compares a checkpoint's logits with stored ones: one prefill, and chunks plus cached decode.
 
 DIR has config.json, model.safetensors and io.npz with `input_ids i32[batch, tokens]` and
 `logits f32[batch, tokens, vocab]`. Runs in float32; exit 1 when a difference exceeds --tol.
@@ -19,14 +19,19 @@ import tyro
 import models
 from jaxkv import CacheConfig, Keep, KVCache
 from models.errors import one_line
-from scripts.command import run_command
+from scripts.shared.command import run_command
 
-UNREADABLE = (ValueError, TypeError, KeyError, OSError, EOFError)  # what np.load can raise
+UNREADABLE = (ValueError, TypeError, KeyError, OSError, EOFError)  # np.load can raise these
 
 
 @dataclasses.dataclass
 class Args:
-    """Compares a checkpoint's logits with the ones stored beside it (io.npz)."""
+    """Compares a checkpoint's logits with the ones stored beside it (io.npz).
+
+    Examples:
+      check_checkpoint.py path/to/folder
+      check_checkpoint.py path/to/folder --tol 1e-4 --scan
+    """
 
     dir: Annotated[Path, tyro.conf.Positional]
     """Folder with config.json, model.safetensors and io.npz."""
@@ -35,9 +40,9 @@ class Args:
     json: bool = False
     """Print one JSON object only."""
     page_size: int = 16
-    """Tokens a cache page."""
+    """Tokens per cache page."""
     scan: bool = False
-    """Scan over repeats of the layer pattern, or unroll all layers."""
+    """Scan over repeats of the layer pattern in place of unrolling all layers."""
 
 
 @jax.jit

@@ -8,8 +8,9 @@ from rich.console import Console
 
 import jaxkv
 import models
-from scripts.command import run_command
-from scripts.texts import read_text
+from scripts.shared.command import run_command
+from scripts.shared.options import check_least
+from scripts.shared.texts import read_text
 
 
 @dataclasses.dataclass
@@ -25,7 +26,7 @@ class Args:
     model: str = "smollm2"
     """'smollm2', a GGUF file, or a Hugging Face folder."""
     text: Path | None = None
-    """Text to average over, unlike what will be scored; default: the Python reference."""
+    """Text to average over, not the one to score later; default: the Python reference."""
     tokens: int = 2048
     """Most tokens of it."""
 
@@ -35,8 +36,7 @@ def main(args: Args) -> int:
     log = Console(stderr=True, highlight=False)
     if args.out.suffix != ".npz" or not args.out.parent.is_dir():
         raise ValueError(f"--out {args.out}: must be an .npz file in a folder that exists.")
-    if args.tokens < 2:
-        raise ValueError(f"--tokens {args.tokens} must be at least 2.")
+    check_least(args, "tokens", least=2)
     text = read_text(args.text)
     checkpoint = models.open_checkpoint(args.model, say=log.print)
     tokens = checkpoint.load_tokenizer().encode(text.text)[: args.tokens]

@@ -10,21 +10,23 @@ from typing import Annotated, Any, Literal
 import jax
 import numpy as np
 import tyro
-from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import Progress
+from rich.status import Status
 from rich.table import Table
 
 import jaxkv
 import models
-from jaxkv.codecs import codec_names, get_codec
-from models.checkpoints.fetch_smollm2 import cache_folder
+from jaxkv.codecs import KVCodec, codec_names, get_codec
 from models.text.harmony import HarmonyStream, answer_stream
-from scripts.command import keep_compiled_programs, run_command
+from scripts.shared.command import keep_compiled_programs, run_command
+from scripts.shared.keep import KeepOptions
+from scripts.shared.options import check_least
+from scripts.shared.tables import make_table
 
 Texts = Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="TEXT")]
 Pairs = Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="NAME=VALUE")]
-RANDOM = "random:"  # how the name of a model begins that is a shape without a checkpoint
+RANDOM = "random:"  # prefix of a model that is a shape without a checkpoint
 
 
 @dataclasses.dataclass
@@ -49,16 +51,16 @@ class Args:
     prompt_file: Path | None = None
     """File with one more prompt."""
     prompt_tokens: int | None = None
-    """Of random weights, which have no tokenizer: length of a random prompt; 128 if not given.
+    """With random weights, which have no tokenizer: length of a random prompt; 128 if not given.
     Token ids are printed."""
     batch: int | None = None
-    """Of random weights: prompts side by side; 1 if not given."""
+    """With random weights: number of prompts side by side; 1 if not given."""
     chat: bool = False
     """Wrap each prompt in the model's chat template as a user's message."""
     template_args: Pairs = ()
     """A variable of the chat template, JSON or plain text; repeat for more."""
     max_tokens: int = 128
-    """Most new tokens of each prompt."""
+    """Most new tokens after each prompt."""
     temperature: float = 0.0
     """0 is greedy; higher is more random."""
     top_k: int | None = None
@@ -68,23 +70,14 @@ class Args:
     min_p: float | None = None
     """Drop tokens less likely than this times the best one."""
     seed: int = 0
-    """Of the draws; of several prompts, number i draws with this plus i."""
-    window: int | None = None
-    """Attend to the newest so many tokens only: constant memory for any length."""
-    sink_tokens: int = 0
-    """First tokens kept beside the window for ever (StreamingLLM; 4 is usual)."""
-    sink_positions: Literal["original", "cache"] = "original"
-    """'cache' keeps sinks at a bounded distance, for streams past the trained context."""
+    """Of the random draws; of several prompts, number i draws with this plus i."""
     kv: str = "exact"
     """How the cache stores keys and values, a codec's name; 'help' lists them."""
-    keep_first: int = 0
-    """So many of the first layers stay exact."""
-    keep_last: int = 0
-    """So many of the last layers stay exact."""
+    keep: KeepOptions = KeepOptions()
     page_size: int = 64
-    """Tokens a cache page."""
+    """Tokens per cache page."""
     chunk: int | None = None
-    """Prompt tokens of one step; default: 256, on a GPU or TPU up to 1024 of few prompts."""
+    """Prompt tokens of one step; default: 256, on a GPU or TPU up to 1024 if prompts are few."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Of weights and cache; default: float32 on a CPU, bfloat16 elsewhere."""
     backend: Literal["xla", "gpu", "tpu", "reference"] | None = None
@@ -95,7 +88,7 @@ class Args:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Asked:
-    """What to run: a model, prompts, and what turns each one's answer into text."""
+    """What to run: a model, prompts, and the stream that turns each one's answer into text."""
 
     model: models.Decoder
     texts: list[str]
@@ -168,23 +161,32 @@ def template_variables(pairs: Sequence[str]) -> dict[str, Any]:
 
 def codec_table(head_dim: int, page_size: int) -> Table:
     """Every codec with its bits per value, its compression and what it keeps exact."""
-    table = Table(title=f"--kv NAME, at head_dim {head_dim}, page size {page_size}", box=SIMPLE)
-    for column in ("name", "bits per value", "smaller than bf16", "kept exactly"):
-        table.add_column(column, justify="left" if column in ("name", "kept exactly") else "right")
-    for name in codec_names():
-        codec = get_codec(name)
-        bits = codec.bits_per_value(head_dim, page_size)
-        kept = "nothing" if codec.lossy else "everything, in --dtype"
-        if codec.recent_pages or codec.sink_tokens:
-            kept = f"newest {codec.recent_pages} pages, first {codec.sink_tokens} tokens"
-        table.add_row(name, f"{bits:.2f}", f"{16 / bits:.2f}x", kept)
+    codecs = {name: get_codec(name) for name in codec_names()}
+    bits = [codec.bits_per_value(head_dim, page_size) for codec in codecs.values()]
+    columns = {
+        "name": list(codecs),
+        "bits per\nvalue": [f"{number:.2f}" for number in bits],
+        "smaller\nthan bf16": [f"{16 / number:.2f}x" for number in bits],
+        "kept exactly": [kept_exactly(codec) for codec in codecs.values()],
+    }
+    table = make_table(f"--kv NAME, at head_dim {head_dim}, page size {page_size}", columns)
+    table.columns[-1].justify = "left"
     return table
+
+
+def kept_exactly(codec: KVCodec) -> str:
+    """The tokens that a codec does not quantize, as text."""
+    if not codec.lossy:
+        return "everything, in --dtype"
+    if codec.recent_pages or codec.sink_tokens:
+        return f"newest {codec.recent_pages} pages, first {codec.sink_tokens} tokens"
+    return "nothing"
 
 
 def ask_checkpoint(args: Args, variables: dict[str, Any], log: Console) -> Asked:
     """Opens a checkpoint and encodes the prompts that were given as text."""
     texts = read_prompts(args)
-    keep_compiled_programs(cache_folder() / "xla")
+    keep_compiled_programs()
     with Progress(console=log, transient=True, disable=not log.is_terminal) as progress:
         say = lambda line: log.print(line, style="dim")
         checkpoint = models.open_checkpoint(args.model, say=say)
@@ -213,7 +215,7 @@ def ask_checkpoint(args: Args, variables: dict[str, Any], log: Console) -> Asked
 def ask_random(args: Args, log: Console) -> Asked:
     """Draws a model's weights, and prompts of random tokens."""
     batch, length = args.batch or 1, args.prompt_tokens or 128
-    keep_compiled_programs(cache_folder() / "xla")
+    keep_compiled_programs()
     with log.status("drawing weights"):
         model = models.random_model(args.model.removeprefix(RANDOM), dtype=args.dtype)
     rng = np.random.default_rng(args.seed)
@@ -227,73 +229,92 @@ def ask_random(args: Args, log: Console) -> Asked:
     )
 
 
+def sampling(args: Args) -> jaxkv.Sampling:
+    """How tokens are drawn; ValueError for a number out of range."""
+    return jaxkv.Sampling(
+        temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, min_p=args.min_p
+    ).checked()
+
+
+def ask(args: Args, log: Console) -> Asked:
+    """Checks what can be checked before weights are read, then opens the model and the prompts."""
+    get_codec(args.kv)
+    sampling(args)
+    check_least(args, "max_tokens")
+    variables = template_variables(args.template_args)
+    if variables and not args.chat:
+        raise ValueError("--template-args needs --chat.")
+    check_prompt_options(args)
+    if args.model.startswith(RANDOM):
+        return ask_random(args, log)
+    return ask_checkpoint(args, variables, log)
+
+
+class Screen:
+    """Shows one prompt's answer as it comes, of several only how far the first has come."""
+
+    def __init__(self, streams: Sequence[Any], status: Status):
+        self.streams, self.status = streams, status
+        self.alone = len(streams) == 1
+        self.pieces: list[list[str]] = [[] for _ in streams]
+
+    def prefilled(self, done: int, of: int) -> None:
+        """Prompt tokens are in the cache."""
+        self.status.update(f"prefill {done}/{of} tokens")
+        if done == of and self.alone:
+            self.status.stop()
+
+    def show(self, new: list[list[int]]) -> None:
+        """Every prompt's next tokens are there."""
+        for number, tokens in enumerate(new):
+            self.pieces[number].append(self.streams[number].push(tokens))
+        if self.alone:
+            print(self.pieces[0][-1], end="", flush=True)
+        else:
+            count = sum(map(len, self.pieces[0]))
+            self.status.update(f"prompt 0, {count} characters: …{''.join(self.pieces[0])[-60:]!r}")
+
+    def finish(self, texts: Sequence[str]) -> list[str]:
+        """Prints the rest, several answers below their prompts; returns the answers."""
+        for pieces, stream in zip(self.pieces, self.streams, strict=True):
+            pieces.append(stream.flush())
+        outputs = ["".join(pieces) for pieces in self.pieces]
+        if self.alone:
+            print(self.pieces[0][-1])
+        else:
+            for number, (text, output) in enumerate(zip(texts, outputs, strict=True)):
+                print(f"--- {number}: {text[:60]!r} ---\n{output}")
+        return outputs
+
+
+def run(args: Args, asked: Asked, log: Console) -> tuple[jaxkv.Generation, list[str]]:
+    """Generates and streams; returns the generation and the answers as text."""
+    with log.status("compiling (kept for the next start)") as status:
+        screen = Screen(asked.streams, status)
+        result = jaxkv.generate(
+            asked.model,
+            asked.prompts,
+            max_tokens=args.max_tokens,
+            sampling=sampling(args),
+            seed=args.seed,
+            stop_ids=asked.stop_ids or None,
+            keep=args.keep.keep(args.kv),
+            sizes=jaxkv.Sizes(page_size=args.page_size, chunk=args.chunk),
+            backend=args.backend,
+            on_tokens=screen.show,
+            on_prefill=screen.prefilled,
+        )
+    return result, screen.finish(asked.texts)
+
+
 def main(args: Args) -> int:
     """Loads, generates, streams, reports; returns the exit code."""
     log = Console(stderr=True, highlight=False)
     if args.kv == "help":
         Console(highlight=False).print(codec_table(head_dim=128, page_size=args.page_size))
         return 0
-    get_codec(args.kv)
-    sampling = jaxkv.Sampling(
-        temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, min_p=args.min_p
-    ).checked()
-    if args.max_tokens < 1:
-        raise ValueError(f"--max-tokens {args.max_tokens} must be at least 1.")
-    variables = template_variables(args.template_args)
-    if variables and not args.chat:
-        raise ValueError("--template-args needs --chat.")
-    check_prompt_options(args)
-    drawn = args.model.startswith(RANDOM)
-    asked = ask_random(args, log) if drawn else ask_checkpoint(args, variables, log)
-    streams, prompts = asked.streams, asked.prompts
-    alone = len(prompts) == 1
-    pieces: list[list[str]] = [[] for _ in prompts]
-
-    def show(new: list[list[int]]) -> None:
-        for number, tokens in enumerate(new):
-            piece = streams[number].push(tokens)
-            pieces[number].append(piece)
-            if alone:
-                print(piece, end="", flush=True)
-        if not alone:
-            count = sum(len(piece) for piece in pieces[0])
-            status.update(f"prompt 0, {count} characters: …{''.join(pieces[0])[-60:]!r}")
-
-    with log.status("compiling (kept for the next start)") as status:
-
-        def prefilled(done: int, of: int) -> None:
-            status.update(f"prefill {done}/{of} tokens")
-            if done == of and alone:
-                status.stop()
-
-        result = jaxkv.generate(
-            asked.model,
-            prompts,
-            max_tokens=args.max_tokens,
-            sampling=sampling,
-            seed=args.seed,
-            stop_ids=asked.stop_ids or None,
-            keep=jaxkv.Keep(
-                codec=args.kv,
-                window=args.window,
-                sink_tokens=args.sink_tokens,
-                sink_positions=args.sink_positions,
-                keep_first=args.keep_first,
-                keep_last=args.keep_last,
-            ),
-            sizes=jaxkv.Sizes(page_size=args.page_size, chunk=args.chunk),
-            backend=args.backend,
-            on_tokens=show,
-            on_prefill=prefilled,
-        )
-    for number, stream in enumerate(streams):
-        pieces[number].append(stream.flush())
-    outputs = ["".join(piece) for piece in pieces]
-    if alone:
-        print(pieces[0][-1])
-    else:
-        for number, (text, output) in enumerate(zip(asked.texts, outputs, strict=True)):
-            print(f"--- {number}: {text[:60]!r} ---\n{output}")
+    asked = ask(args, log)
+    result, outputs = run(args, asked, log)
     report = jaxkv.explain(result.config, backend=args.backend)
     log.print(
         f"prefill {result.prompt_tokens} tokens, {result.prefill_speed:.0f} tokens/s; decode "
@@ -307,7 +328,7 @@ def main(args: Args) -> int:
     for group in report:
         log.print(f"{group} on {jax.default_backend()}", style="dim", soft_wrap=True)
     if args.json:
-        said = [s.messages if isinstance(s, HarmonyStream) else None for s in streams]
+        said = [s.messages if isinstance(s, HarmonyStream) else None for s in asked.streams]
         print(json.dumps(as_json(asked.texts, outputs, said, result, report)))
     return 0
 

@@ -10,23 +10,21 @@ import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
-import tyro
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 
 import jaxkv
 import models
-from jaxkv.codecs import KVCodec, codec_names, get_codec
+from jaxkv.codecs import KVCodec, codec_names
+from jaxkv.config import LayerGroup
 from models.errors import read_json_object
 from models.families.architectures import architecture_config
-from scripts.command import run_command
+from scripts.shared.command import run_command
+from scripts.shared.keep import CodecsOptions
+from scripts.shared.options import GIB
+from scripts.shared.tables import make_table
 
-Codecs = Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="NAME")]
-
-GIB = 2**30
 MOST = 2**31 - 1  # positions and page numbers are int32
 
 
@@ -42,32 +40,21 @@ class Args:
 
     model: str = "smollm2"
     """'smollm2', a GGUF file, a Hugging Face folder (no weights needed) or its config.json."""
-    codec: Codecs = ()
-    """Codec to plan for; repeat for several. Default: all there are."""
+    keep: CodecsOptions = CodecsOptions()
     memory: float = 8.0
     """GiB for the cache alone: the model's weights come on top."""
     batch: int = 1
     """Sequences side by side."""
     tokens: int | None = None
     """Tokens of each sequence; default: the model's trained context."""
-    window: int | None = None
-    """Attend to the newest so many tokens only."""
-    recent_pages: int | None = None
-    """Newest pages that stay exact; default: what each codec defines."""
-    sink_tokens: int | None = None
-    """First tokens that stay exact, and beside --window for ever; default: the codec's."""
-    keep_first: int = 0
-    """So many of the first layers stay exact."""
-    keep_last: int = 0
-    """So many of the last layers stay exact."""
     page_size: int = 64
-    """Tokens a cache page."""
+    """Tokens per cache page."""
     max_new_tokens: int = 1
-    """Most tokens one step adds to a sequence (prefill chunk, drafts)."""
+    """Most tokens that one step adds to a sequence (prefill chunk, drafts)."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """Of exact pages."""
+    """Float type of exact pages."""
     platform: Literal["cpu", "gpu", "tpu"] | None = None
-    """Whose kernels read the cache; default: this machine's."""
+    """Platform whose kernels read the cache; default: this machine's."""
     groups: bool = False
     """Also print each group of layers; always done for a single codec."""
     json: bool = False
@@ -76,7 +63,7 @@ class Args:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
-    """What one codec takes."""
+    """The memory that one codec takes."""
 
     codec: str
     bits_per_value: float  # layers averaged, exact tokens left out
@@ -86,31 +73,6 @@ class Row:
     max_tokens: int | None  # of each sequence, in --memory; None: no limit
     max_sequences: int  # of --tokens tokens, in --memory
     config: jaxkv.CacheConfig
-
-
-def choose_codecs(
-    names: tuple[str, ...], *, recent_pages: int | None, sink_tokens: int | None
-) -> dict[str, KVCodec]:
-    """Codecs by name, in the order asked for, with what a user changed of them.
-
-    Raises:
-      ValueError: an unknown name, or a change that a codec can't take.
-    """
-    for option, value in (("--recent-pages", recent_pages), ("--sink-tokens", sink_tokens)):
-        if value is not None and value < 0:
-            raise ValueError(f"{option} {value} must not be negative.")
-    chosen = {}
-    for name in names:
-        codec = get_codec(name)
-        if recent_pages == 0 and codec.key_mean == "page":
-            raise ValueError(
-                f"--recent-pages 0 must be at least 1 for codec {name!r}: it removes a page's "
-                "mean when the page is complete (choose other codecs with --codec)."
-            )
-        changes = {"recent_pages": recent_pages, "sink_tokens": sink_tokens}
-        changes = {key: value for key, value in changes.items() if value is not None}
-        chosen[name] = dataclasses.replace(codec, **changes) if codec.lossy else codec
-    return chosen
 
 
 def read_config(model: str, say: Callable[[str], None]) -> models.DecoderConfig:
@@ -183,7 +145,7 @@ def plan_row(name: str, config: jaxkv.CacheConfig, memory: int, exact_bytes: int
 
 def can_number_pages(config: jaxkv.CacheConfig) -> bool:
     """Whether int32 page numbers reach all pages."""
-    return all(store.pages <= MOST for group in config.groups for store in group.stores)
+    return all(store.pages <= MOST for store in config.stores)
 
 
 def plan_rows(
@@ -192,16 +154,8 @@ def plan_rows(
     """A row for each codec, and why codecs that were not named have none."""
 
     def config(codec: str | KVCodec) -> jaxkv.CacheConfig:
-        keep = jaxkv.Keep(
-            dtype=args.dtype,
-            window=args.window,
-            sink_tokens=0 if args.window is None else args.sink_tokens or 0,
-            codec=codec,
-            keep_first=args.keep_first,
-            keep_last=args.keep_last,
-        )
         return jaxkv.CacheConfig(
-            layers=model.layer_specs(keep),
+            layers=model.layer_specs(args.keep.keep(codec, dtype=args.dtype)),
             batch=args.batch,
             max_tokens=tokens,
             max_new_tokens=args.max_new_tokens,
@@ -216,7 +170,7 @@ def plan_rows(
         try:
             planned = config(codec)
         except ValueError as error:  # a codec that can't pack this head_dim
-            if args.codec:
+            if args.keep.codec:
                 raise
             without[name] = str(error)
             continue
@@ -230,7 +184,7 @@ def print_rows(console: Console, rows: list[Row], title: str, args: Args) -> Non
     columns = {
         "codec": [row.codec for row in rows],
         "bits per\nvalue": [f"{row.bits_per_value:.2f}" for row in rows],
-        "bytes\na token": [f"{row.bytes_per_token:,.0f}" for row in rows],
+        "bytes\nper token": [f"{row.bytes_per_token:,.0f}" for row in rows],
         "cache\nbytes": [f"{row.cache_bytes:,}" for row in rows],
         "smaller": [f"{row.compression:.2f}x" for row in rows],
         f"tokens{each}\nthat fit": [
@@ -246,7 +200,8 @@ def print_rows(console: Console, rows: list[Row], title: str, args: Args) -> Non
 def print_groups(console: Console, row: Row) -> None:
     """The table of one codec's groups of layers, which adds up to its bytes."""
     groups, planned = row.config.groups, jaxkv.plan(row.config)
-    pages = lambda store: "-" if store is None else f"{store.pages:,}"
+    number = lambda n: f"{n:,}" if n else "-"
+    pages = lambda group, coded: number(pages_of(row.config, group, coded=coded))
     windows = [group.spec.window for group in groups]
     codecs = [group.spec.kv_codec for group in groups]
     state = planned.total - sum(planned.groups)
@@ -255,29 +210,17 @@ def print_groups(console: Console, row: Row) -> None:
         "window": ["all" if window is None else f"{window:,}" for window in windows] + [""],
         "codec": [codec.name for codec in codecs] + [""],
         "bits per\nvalue": [f"{group.bits_per_value:.2f}" for group in groups] + [""],
-        "exact\npages": [pages(group.exact) for group in groups] + [""],
-        "coded\npages": [pages(group.body) for group in groups] + [""],
+        "exact\npages": [pages(group, False) for group in groups] + [""],
+        "coded\npages": [pages(group, True) for group in groups] + [""],
         "bytes": [f"{size:,}" for size in (*planned.groups, state)],
     }
     console.print(make_table(f"{row.codec}, {row.cache_bytes:,} bytes:", columns))
 
 
-def make_table(title: str, columns: dict[str, list[str]]) -> Table:
-    """A table that never cuts a cell short: names on the left, numbers on the right."""
-    table = Table(
-        title=title,
-        title_justify="left",
-        caption_justify="left",
-        box=SIMPLE_HEAD,
-        pad_edge=False,
-        collapse_padding=True,
-    )
-    for number, (name, cells) in enumerate(columns.items()):
-        widest = max(map(len, [*cells, *name.split("\n")]))
-        table.add_column(name, min_width=widest, justify="right" if number else "left")
-    for cells in zip(*columns.values(), strict=True):
-        table.add_row(*cells)
-    return table
+def pages_of(config: jaxkv.CacheConfig, group: LayerGroup, *, coded: bool) -> int:
+    """Pages of a group's pools that hold codes, or exact values; 0 where it has none."""
+    stores = config.stores_of(group)
+    return sum(store.pages for store in stores if store.layout.codec.lossy == coded)
 
 
 def layer_range(layers: tuple[int, ...]) -> str:
@@ -305,8 +248,8 @@ def row_json(row: Row) -> dict:
             "window": group.spec.window,
             "codec": group.spec.kv_codec.name,
             "bits_per_value": group.bits_per_value,
-            "exact_pages": 0 if group.exact is None else group.exact.pages,
-            "coded_pages": 0 if group.body is None else group.body.pages,
+            "exact_pages": pages_of(row.config, group, coded=False),
+            "coded_pages": pages_of(row.config, group, coded=True),
             "bytes": size,
         }
         for group, size in groups
@@ -323,9 +266,7 @@ def main(args: Args) -> int:
             raise ValueError(f"--{name} {value} must be at least 1 and at most {MOST}.")
     if not 0 < args.memory < math.inf:
         raise ValueError(f"--memory {args.memory} must be positive: GiB for the cache.")
-    codecs = choose_codecs(
-        args.codec or codec_names(), recent_pages=args.recent_pages, sink_tokens=args.sink_tokens
-    )
+    codecs = args.keep.choose(args.keep.codec or codec_names())
     model = read_config(args.model, lambda line: log.print(line, style="dim"))
     tokens = args.tokens or model.max_position
     if tokens is None:

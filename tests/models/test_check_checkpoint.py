@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 import models
 from models.families.architectures import architecture_config
 from scripts import check_checkpoint
-from scripts.command import run_command
+from scripts.shared.command import run_command
 from tests.models.numpy_llama import make_config, write_folder
 
 ROOT = Path(__file__).parents[2]

@@ -3,9 +3,9 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from pallas_kernels.paged_attention.gpu_split import SpanPages
 
 from pallas_kernels.paged_attention import gpu_plan
-from pallas_kernels.paged_attention.gpu_split import SpanPages
 
 
 @pytest.fixture(params=["interpret", pytest.param("compiled", marks=pytest.mark.gpu)])

@@ -7,14 +7,14 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-
 from jaxkv.codecs.codec import KVCodec, page_mean
 from jaxkv.codecs.token_major import TokenMajor
+from pallas_kernels.visibility import seen_span
+
 from pallas_kernels.backends import interpret_kernels
 from pallas_kernels.dense_attention import dense_attention
 from pallas_kernels.paged_attention import gpu_decode, paged_attention
 from pallas_kernels.pages import CodedPages, ExactPages
-from pallas_kernels.visibility import seen_span
 
 LAYERS, LAYER, SCALE = 3, 1, 0.2
 RULE = ("window", "sink_tokens", "lag", "soft_cap")

@@ -5,11 +5,11 @@ import functools
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 from jaxkv.codecs.affine import Float8, Int8, MinMax
 from jaxkv.codecs.codebooks import get_codebook
 from jaxkv.codecs.packing import pack_planes
 from jaxkv.codecs.turboquant import TurboQuant
+
 from pallas_kernels.paged_attention import gpu_dequant
 from tests.pallas_kernels.paged_attention.triton.ptx_emulator import run_asm
 

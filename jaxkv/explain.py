@@ -1,0 +1,144 @@
+"""Says which code serves which layer, and what each group of layers stores."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from jaxkv.cache import KVCache
+from jaxkv.config import CacheConfig, LayerGroup
+from jaxkv.fill import TokenFill
+from jaxkv.plan import plan
+from jaxkv.store import Store
+from pallas_kernels import quantize_pages, write_pages
+from pallas_kernels.backends import Backend
+from pallas_kernels.paged_attention import choose
+
+PREFILL_TOKENS = 64  # stands for a chunk of a prompt
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GroupReport:
+    """One layer group: what it keeps, and who reads and writes it."""
+
+    layers: tuple[int, ...]
+    window: int | None
+    sink_tokens: int
+    sink_positions: str
+    codec: str
+    dtype: str  # of what is kept exactly
+    bits_per_value: float  # keys and values averaged, factors and means included
+    recent_pages: int  # newest pages that are read exactly; 0 with an exact codec
+    exact_sink_pages: int  # first pages that are; 0 with an exact codec
+    note: str  # why the codec is not the one that was asked for
+    pages: int
+    bytes: int
+    attention: Backend  # of decode steps
+    prefill: Backend  # attention of chunks
+    write: Backend
+    quantize: Backend | None
+
+    def __str__(self) -> str:
+        numbers = self.layers
+        run = numbers == tuple(range(numbers[0], numbers[-1] + 1))
+        name = f"{numbers[0]}-{numbers[-1]}" if run else ",".join(map(str, numbers))
+        sees = "all tokens" if self.window is None else f"window {self.window}"
+        if self.sink_tokens:
+            sees += f" + {self.sink_tokens} sink tokens ({self.sink_positions} positions)"
+        kept = f"{self.codec} {self.dtype}"
+        if self.quantize is not None:
+            kept = f"{self.codec}, {self.bits_per_value:.3g} bits a value"
+            if self.recent_pages or self.exact_sink_pages:
+                kept += f", newest {self.recent_pages} and first {self.exact_sink_pages} pages "
+                kept += f"{self.dtype}"
+        note = f" ({self.note})" if self.note else ""
+        attention = str(self.attention)
+        if self.prefill != self.attention:
+            attention += f" (prefill {self.prefill})"
+        backends = f"attention {attention}, write {self.write}"
+        if self.quantize is not None:
+            backends += f", quantize {self.quantize}"
+        return (
+            f"layers {name}: {sees}; {kept}{note}; {self.pages} pages, "
+            f"{self.bytes / 2**20:.1f} MiB; {backends}"
+        )
+
+
+def explain(
+    config: CacheConfig, *, backend: Backend | None = None, platform: str | None = None
+) -> list[GroupReport]:
+    """Tells what `KVCache.attend` will run for each layer group, without running it.
+
+    Args:
+      config: of the cache.
+      backend: as given to `attend`.
+      platform: "cpu", "gpu" or "tpu"; None for JAX's default.
+
+    Raises:
+      ValueError: the configuration can't be.
+      NotImplementedError: the named backend does not serve it.
+    """
+    config = dataclasses.replace(config, platform=platform or config.platform).checked()
+    platform = config.platform
+    means = [jnp.zeros((spec.kv_heads, spec.head_dim)) for spec in config.layers]
+    abstract = jax.eval_shape(lambda: KVCache.create(config, key_means=means))
+    serving = functools.partial(_serving, backend=backend, platform=platform)
+    reports = []
+    for group, size in zip(config.groups, plan(config).groups, strict=True):
+        stores = [abstract.stores[number] for number in group.stores]
+        codec = group.spec.kv_codec
+        reports.append(
+            GroupReport(
+                layers=group.layers,
+                window=group.spec.window,
+                sink_tokens=group.spec.sink_tokens,
+                sink_positions=group.spec.sink_positions,
+                codec=codec.name,
+                dtype=group.spec.dtype,
+                bits_per_value=group.bits_per_value,
+                recent_pages=codec.recent_pages if group.coded else 0,
+                exact_sink_pages=group.sink_pages if group.coded else 0,
+                note=_note(config, group),
+                pages=sum(store.spec.pages for store in stores),
+                bytes=size,
+                attention=serving(stores, q_tokens=1),
+                prefill=serving(stores, q_tokens=PREFILL_TOKENS),
+                write=_writing(stores, platform),
+                quantize=_quantizing(stores, platform),
+            )
+        )
+    return reports
+
+
+def _serving(
+    stores: list[Store], *, q_tokens: int, backend: Backend | None, platform: str | None
+) -> Backend:
+    """Who attends a group; where its stores differ, who attends the codes.
+
+    How many query heads share a kv head is the model's affair: one is assumed.
+    """
+    pages = stores[-1].pages
+    heads = pages.dims["kv_heads"]
+    return choose(backend, pages, q_tokens=q_tokens, q_heads=heads, platform=platform)
+
+
+def _writing(stores: list[Store], platform: str | None) -> Backend:
+    """Who stores new tokens; where both stores take them, who stores codes."""
+    written = [store.pages for store in stores if isinstance(store.spec.fill, TokenFill)]
+    return write_pages.choose(None, written[-1], platform=platform)
+
+
+def _quantizing(stores: list[Store], platform: str | None) -> Backend | None:
+    """Who turns exact pages into codes, or writes codes; None where there are no codes."""
+    pages = stores[-1].pages
+    return quantize_pages.choose(None, pages, platform=platform) if pages.coded else None
+
+
+def _note(config: CacheConfig, group: LayerGroup) -> str:
+    """Which lossy codecs were asked for in vain: their recent pages hold the whole window."""
+    asked = {config.layers[layer].kv_codec for layer in group.layers}
+    vain = [c for c in sorted(asked, key=lambda c: c.name) if c.lossy and not group.coded]
+    return "; ".join(
+        f"not {c.name}: the window lies within its {c.recent_pages} exact pages" for c in vain
+    )

@@ -1,0 +1,34 @@
+"""Predicts a cache's bytes before anything is allocated."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+
+from jaxkv.cache import KVCache
+from jaxkv.config import CacheConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Bytes of a cache: each layer group's arrays, and the whole with the shared state."""
+
+    groups: tuple[int, ...]
+    total: int
+
+
+def plan(config: CacheConfig) -> Plan:
+    """Returns the bytes that `KVCache.create(config)` would allocate, exactly.
+
+    Raises:
+      ValueError: the configuration can't be.
+    """
+    means = [jnp.zeros((spec.kv_heads, spec.head_dim)) for spec in config.layers]
+    abstract = jax.eval_shape(lambda: KVCache.create(config, key_means=means))
+    of_group = lambda group: _bytes([abstract.stores[number] for number in group.stores])
+    return Plan(groups=tuple(map(of_group, abstract.config.groups)), total=_bytes(abstract))
+
+
+def _bytes(tree) -> int:
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))

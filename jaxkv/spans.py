@@ -1,0 +1,78 @@
+"""Which pages of a sequence live in a store, by the sequence's length alone.
+
+Logical page `g` holds entries `g * page_size` and on. Pages between `first_page` and `stop_page` of
+a length are alive. Preparing a step reserves up to the stop of the length that it may reach;
+committing releases pages outside the span of the length that it did reach.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.rule import Rule
+from pallas_kernels.shapes import cdiv
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PageSpan:
+    """The span of one store: pinned sink pages, and a run of pages behind them."""
+
+    page_size: int
+    rule: Rule  # which keys of this store a query reads
+    first: int  # first logical page of the run: the layer's sink pages come before it
+    sink_pages: int  # first pages that this store keeps until the sequence is freed
+    complete: bool = False  # pages enter when they are complete, as far back as the lag says
+
+    @property
+    def sinks_only(self) -> bool:
+        """Whether the run is empty: its lag serves no page."""
+        lag = self.rule.lag
+        return lag is not None and lag.most is not None and lag.most <= lag.least
+
+    @property
+    def releases(self) -> bool:
+        """Whether pages fall behind as a sequence grows."""
+        return self.rule.most_pages(1, self.page_size) is not None
+
+    def first_page(self, lengths: jax.Array) -> jax.Array:
+        """Oldest page of the run that a query at position `lengths` or later reads here."""
+        first = jnp.full_like(lengths, self.first)
+        seen = self.rule.first_page(lengths, self.page_size)
+        return first if seen is None else jnp.maximum(first, seen)
+
+    def stop_page(self, lengths: jax.Array) -> jax.Array:
+        """One past the newest page that stands here once `lengths` tokens are committed."""
+        if self.complete:
+            lag = self.rule.lag
+            stop = lengths // self.page_size if lag is None else lag.stop_page(lengths)
+            return jnp.maximum(stop, self.first)
+        begun = cdiv(lengths, self.page_size)
+        if self.sinks_only:
+            return jnp.minimum(begun, self.sink_pages)
+        return begun if self.sink_pages else jnp.maximum(begun, self.first)
+
+    def takes_tokens(self, logical: jax.Array) -> jax.Array:
+        """Whether single tokens of page `logical` are written here, `bool[...]`."""
+        sinks = logical < self.sink_pages
+        if self.complete or self.sinks_only:
+            return sinks
+        return sinks | (logical >= self.first)
+
+    def width(self, max_new_tokens: int, max_tokens: int | None) -> int:
+        """Slots of the ring table, so that prepared tokens never overwrite a live page.
+
+        Args:
+          max_new_tokens: most tokens of a step.
+          max_tokens: longest sequence; None for no end.
+        """
+        # Pages that enter complete do so when the step commits: the next query reads them, too.
+        queries = max_new_tokens + 1 if self.complete else max_new_tokens
+        most = self.rule.most_pages(queries, self.page_size)
+        widths = [] if most is None else [most]
+        if max_tokens is not None:
+            stop = cdiv(max_tokens, self.page_size)
+            if self.complete and self.rule.lag is not None:
+                stop = self.rule.lag.stop_page(max_tokens)
+            widths.append(stop - self.first)
+        return max(min(widths), 1)
