@@ -10,8 +10,7 @@ import numpy as np
 from jaxkv import CacheConfig, KVCache
 from jaxkv.codecs import dequantize_original
 from pallas_kernels.dense_attention import dense_attention
-from pallas_kernels.pages import ExactPages
-from pallas_kernels.rule import Rule
+from pallas_kernels.rule import PageLag, Rule
 
 # Largest difference to the float32 oracle, by the dtype of the pages: rounding of K and V.
 TOLERANCE = {"float32": 2e-6, "float16": 2e-3, "bfloat16": 1.6e-2}
@@ -22,32 +21,25 @@ def poison_unread(cache: KVCache) -> KVCache:
 
     Codes that can't be NaN become 255, their factors and means NaN.
     """
-    groups = []
-    for group, state in zip(cache.config.groups, cache.groups, strict=True):
-        change = lambda store, group=group: _poison_store(store, group.spec, cache)
-        groups.append(state.map(change))
-    return dataclasses.replace(cache, groups=tuple(groups))
+    stores = tuple(_poison_store(store, cache) for store in cache.stores)
+    return dataclasses.replace(cache, stores=stores)
 
 
-def _poison_store(store, spec, cache: KVCache):
-    size = cache.config.page_size
+def _poison_store(store, cache: KVCache):
+    size, span = cache.config.page_size, store.spec.span
     live = np.zeros((store.spec.pages, size), bool)
     ring, sinks = np.asarray(store.tables.ring), np.asarray(store.tables.sinks)
-    lag = store.spec.lag
+    window, lag = span.rule.window, span.rule.lag or PageLag(size)
     for b, length in enumerate(np.asarray(cache.lengths)):
-        oldest = 0 if spec.window is None else max(0, length - spec.window + 1)
+        oldest = 0 if window is None else max(0, length - window + 1)
         for j in range(length):
             page, behind = j // size, length // size - j // size
-            if page < store.spec.sink_pages:
+            if page < span.sink_pages:
                 live[sinks[b, page], j % size] = True
-            elif page >= store.spec.first and j >= oldest and lag.least <= behind:
+            elif page >= span.first and j >= oldest and lag.least <= behind:
                 if lag.most is None or behind < lag.most:
                     live[ring[b, page % store.spec.width], j % size] = True
     assert not live[0].any(), "the null page holds live tokens"
-    if isinstance(store.pages, ExactPages):
-        hide = ~live[None, :, None, :, None]
-        pages = ExactPages(k=_poison(store.pages.k, hide), v=_poison(store.pages.v, hide))
-        return dataclasses.replace(store, pages=pages)
     layout, arrays = store.pages.layout, {}
     for name, axis in layout.token_axes.items():
         x = store.pages.arrays[name]

@@ -54,7 +54,7 @@ def scanned(cache, x):
     """Layers in a `lax.scan` of a traced index, as a model with stacked weights does it."""
 
     def body(carry, index):
-        for number in range(len(carry[0].groups)):
+        for number in range(len(carry[0].config.groups)):
             carry = attend_layer(carry[0], (number, index), carry[1])
         return carry, None
 
@@ -88,7 +88,7 @@ def compile_for(operation, *arguments, config=BIG):
 
 
 def assert_in_place(cache, compiled):
-    stores = [store for state in cache.groups for store in state.stores]
+    stores = cache.stores
     pools = [pool for store in stores for pool in jax.tree.leaves(store.pages)]
     pool_bytes = sum(math.prod(pages.shape) * pages.dtype.itemsize for pages in pools)
     assert pool_bytes > 256 << 20
@@ -176,8 +176,8 @@ def test_stream_of_any_length_runs_in_constant_pages():
     keys = np.random.default_rng(0).standard_normal((STREAM, 8), dtype=np.float32)
     cache, outs, used = stream(KVCache.create(STREAMED), keys)
     assert cache.lengths.tolist() == [STREAM, STREAM // 2]
-    assert [state.exact.tables.ring.shape[1] for state in cache.groups] == [5, 5]
-    assert [state.exact.pages.k.shape[1] for state in cache.groups] == [1 + 2 * 5, 1 + 2 * (5 + 1)]
+    assert [store.tables.ring.shape[1] for store in cache.stores] == [5, 5]
+    assert [store.pages.dims["pages"] for store in cache.stores] == [1 + 2 * 5, 1 + 2 * (5 + 1)]
 
     period = np.asarray(used)[256:-8].reshape(-1, 32, 2)  # 32 steps are whole pages of both
     np.testing.assert_array_equal(period, np.broadcast_to(period[0], period.shape))

@@ -84,33 +84,33 @@ def test_ring_holds_the_window_and_the_newest_step_at_any_alignment(n, page_size
     most = 0
     for start in range(page_size):  # of the window of the step's first token
         most = max(most, len({j // page_size for j in range(start, start + window - 1 + n)}))
-    (group,) = config.groups
-    assert group.exact.width == most == -(-(window + n - 2) // page_size) + 1
+    (store,) = config.stores
+    assert store.width == most == -(-(window + n - 2) // page_size) + 1
 
 
 def test_sinks_have_whole_pages_beside_the_ring():
     spec = dataclasses.replace(WINDOWED, sink_tokens=9)
-    (group,) = make_config(spec, batch=3, max_tokens=None, max_new_tokens=5).groups
-    assert (group.exact.width, group.sink_pages) == (4, 2)
-    assert group.exact.pages == 1 + 3 * (4 + 2)
+    (store,) = make_config(spec, batch=3, max_tokens=None, max_new_tokens=5).stores
+    assert (store.width, store.span.sink_pages) == (4, 2)
+    assert store.pages == 1 + 3 * (4 + 2)
 
 
 def test_without_a_window_sinks_are_ordinary_tokens():
-    (group,) = make_config(dataclasses.replace(FULL, sink_tokens=9), max_tokens=61).groups
-    assert (group.exact.width, group.sink_pages) == (8, 0)
+    (store,) = make_config(dataclasses.replace(FULL, sink_tokens=9), max_tokens=61).stores
+    assert (store.width, store.span.sink_pages) == (8, 0)
 
 
 @pytest.mark.parametrize("sink_tokens, width, sink_pages", [(0, 3, 0), (9, 1, 2), (50, 1, 3)])
 def test_tables_are_no_wider_than_the_longest_sequence(sink_tokens, width, sink_pages):
     spec = dataclasses.replace(WINDOWED, window=999, sink_tokens=sink_tokens)
-    (group,) = make_config(spec, max_tokens=20).groups
-    assert (group.exact.width, group.sink_pages) == (width, sink_pages)
+    (store,) = make_config(spec, max_tokens=20).stores
+    assert (store.width, store.span.sink_pages) == (width, sink_pages)
 
 
 def test_pages_caps_every_pool():
     config = make_config(FULL, WINDOWED, batch=2, pages=9)
-    assert [group.exact.pages for group in config.groups] == [9, 9]
-    assert [group.exact.pages for group in dataclasses.replace(config, pages=99).groups] == [17, 9]
+    assert [store.pages for store in config.stores] == [9, 9]
+    assert [store.pages for store in dataclasses.replace(config, pages=99).stores] == [17, 9]
 
 
 def test_configuration_is_static_and_hashable():

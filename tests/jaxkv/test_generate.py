@@ -213,7 +213,10 @@ def test_plan_predicts_bytes_and_explain_names_backends(model):
         mixed = layers + tuple(dataclasses.replace(s, window=None, sink_tokens=0) for s in layers)
         config = jaxkv.CacheConfig(layers=mixed, batch=3, max_tokens=100, page_size=8)
         cache = jaxkv.KVCache.create(config)
-        live = [sum(x.nbytes for x in jax.tree.leaves(group)) for group in cache.groups]
+        live = [
+            sum(x.nbytes for n in group.stores for x in jax.tree.leaves(cache.stores[n]))
+            for group in cache.config.groups
+        ]
         plan = jaxkv.plan(config)
         assert list(plan.groups) == live
         assert plan.total == cache.bytes_reserved

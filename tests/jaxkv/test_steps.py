@@ -73,7 +73,7 @@ def test_the_compiled_block_calls_no_host_and_copies_no_pool():
     compiled = decode_block.lower(model, state, requests, steps=16, backend=None).compile()
     text = compiled.as_text()
     assert "callback" not in text and "infeed" not in text and "outfeed" not in text
-    pool = cache.groups[0].exact.pages.k
+    pool = cache.stores[0].pages.arrays["k"]
     shape = ",".join(map(str, pool.shape))
     assert not re.search(rf"= f32\[{shape}\]\S* copy\(", text)
     assert compiled.memory_analysis().temp_size_in_bytes < pool.size * 4 / 20

@@ -221,7 +221,7 @@ def test_scanned_pattern_makes_no_copy_of_its_two_groups_pools(codec, tokens):
     layers = model.layer_specs(jaxkv.Keep(dtype="float32", codec=codec))
     sizes = dict(batch=2, max_tokens=130_000, max_new_tokens=16)
     cache = jax.eval_shape(lambda: jaxkv.KVCache.create(jaxkv.CacheConfig(layers=layers, **sizes)))
-    assert len(cache.groups) == 2
+    assert len(cache.config.groups) == 2
 
     def step(cache, model, ids):
         count = jnp.full(2, tokens, jnp.int32)

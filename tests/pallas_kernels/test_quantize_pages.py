@@ -11,6 +11,7 @@ import pytest
 from jaxkv import CacheConfig, KVCache, LayerSpec
 from jaxkv.codecs import get_codec
 from pallas_kernels.backends import interpret_kernels
+from pallas_kernels.pages import Pages
 from pallas_kernels.quantize_pages import choose, gpu, quantize_pages
 
 LAYERS, KV_HEADS, PAGE = 3, 2, 16
@@ -35,13 +36,13 @@ def make_pages(name, head_dim, max_tokens=64, dtype="bfloat16"):
         layers=(spec,) * LAYERS, batch=3, max_tokens=max_tokens, page_size=PAGE, platform="gpu"
     )
     means = [np.full((KV_HEADS, head_dim), 0.5, np.float32)] * LAYERS
-    [state] = KVCache.create(config, key_means=means).groups
+    newest, codes = KVCache.create(config, key_means=means).stores
     keys = jax.random.split(jax.random.key(7), 2)
     # Channels with a mean, and a token of zeros.
-    draw = lambda key: 3 + jax.random.normal(key, state.exact.pages.k.shape, dtype)
+    draw = lambda key: 3 + jax.random.normal(key, newest.pages.arrays["k"].shape, dtype)
     k, v = (draw(key).at[:, :, :, 5].set(0) for key in keys)
-    old = jax.tree.map(jnp.ones_like, state.body.pages)
-    return old, dataclasses.replace(state.exact.pages, k=k, v=v)
+    old = jax.tree.map(jnp.ones_like, codes.pages)
+    return old, Pages.exact(k, v)
 
 
 def assert_quantizes_as_xla(old, exact, *, layer, source, target, wanted):

@@ -16,7 +16,7 @@ import pytest
 import jaxkv
 from jaxkv.codecs import get_codec
 from pallas_kernels.backends import interpret_kernels
-from pallas_kernels.pages import ExactPages
+from pallas_kernels.pages import Pages
 from pallas_kernels.write_pages import choose, gpu, write_pages
 
 LAYERS, PAGE_SIZE, BATCH = 2, 16, 3
@@ -35,7 +35,7 @@ def make_case(tokens, kv_heads, head_dim, dtype="bfloat16", new_dtype="float32",
     rng = np.random.default_rng(seed)
     pages = 2 + -(-BATCH * tokens // PAGE_SIZE)
     shape = (LAYERS, pages, kv_heads, PAGE_SIZE, head_dim)
-    pools = ExactPages(k=jnp.full(shape, jnp.nan, dtype), v=jnp.full(shape, jnp.nan, dtype))
+    pools = Pages.exact(k=jnp.full(shape, jnp.nan, dtype), v=jnp.full(shape, jnp.nan, dtype))
     draw = lambda: jnp.asarray(rng.standard_normal((BATCH, tokens, *shape[2::2])), new_dtype)
     place = rng.permutation(pages * PAGE_SIZE)[: BATCH * tokens].reshape(BATCH, tokens)
     writes = rng.random((BATCH, tokens)) < 0.7

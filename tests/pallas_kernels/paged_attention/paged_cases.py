@@ -7,14 +7,16 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxkv.codecs.codec import KVCodec, page_mean
-from jaxkv.codecs.token_major import TokenMajor
-from pallas_kernels.visibility import seen_span
 
 from pallas_kernels.backends import interpret_kernels
+from pallas_kernels.codecs.codec import KVCodec, page_mean
 from pallas_kernels.dense_attention import dense_attention
-from pallas_kernels.paged_attention import gpu_decode, paged_attention
-from pallas_kernels.pages import CodedPages, ExactPages
+from pallas_kernels.layouts.token_major import TokenMajor
+from pallas_kernels.paged_attention import paged_attention
+from pallas_kernels.paged_attention.triton import call
+from pallas_kernels.pages import Pages
+from pallas_kernels.rule import Rule
+from pallas_kernels.segment import Queries, Segment, add_learned_sink
 
 LAYERS, LAYER, SCALE = 3, 1, 0.2
 RULE = ("window", "sink_tokens", "lag", "soft_cap")
@@ -26,13 +28,33 @@ KERNEL_STATIC = ("config", "interpret", *RULE)
 
 
 def call_op(
-    q, pages, table, where, sink_table=None, *, interpret=False, layer=LAYER, scale=SCALE, **options
+    q,
+    pages,
+    table,
+    where,
+    sink_table=None,
+    *,
+    interpret=False,
+    layer=LAYER,
+    scale=SCALE,
+    window=None,
+    sink_tokens=0,
+    lag=None,
+    sink_logits=None,
+    **options,
 ):
     """The op, not jitted: `where` holds q_start, q_lens, kv_start and kv_stop."""
+    queries, segment = operands(q, table, where, sink_table)
+    rule = Rule(window=window, sink_tokens=sink_tokens, lag=lag)
     with interpret_kernels() if interpret else contextlib.nullcontext():
-        return paged_attention(
-            q, pages, table, layer=layer, scale=scale, sink_table=sink_table, **where, **options
-        )
+        part = paged_attention(queries, pages, segment, rule, layer=layer, scale=scale, **options)
+    return part if sink_logits is None else add_learned_sink(part, sink_logits)
+
+
+def operands(q, table, where, sink_table=None):
+    """The op's arguments from arrays by name."""
+    queries = Queries(q, where["q_start"], where["q_lens"])
+    return queries, Segment(table, where["kv_start"], where["kv_stop"], sink_table)
 
 
 # One program for all cases that are alike in shapes and options, whatever their lengths.
@@ -57,22 +79,14 @@ def call_kernel(
     soft_cap=None,
 ):
     """The GPU kernel below the op, not jitted, with tile sizes of the test's choice."""
-    start, stop = seen_span(
-        *(where[name] for name in ("q_start", "q_lens", "kv_start", "kv_stop")),
-        window=window,
-        sink_tokens=sink_tokens,
-        lag=lag,
-    )
-    return gpu_decode.paged_attention(
-        q,
+    queries, segment = operands(q, table, where)
+    return call.paged_attention(
+        queries,
         pages,
-        table,
+        segment,
+        rule=Rule(window=window, sink_tokens=sink_tokens, lag=lag),
         layer=jnp.int32(LAYER),
-        **where | dict(kv_start=start, kv_stop=stop),
         scale=SCALE,
-        window=window,
-        sink_tokens=sink_tokens,
-        lag=lag if q.shape[1] > 1 else None,
         soft_cap=soft_cap,
         out_dtype=jnp.float32,
         interpret=interpret,
@@ -80,8 +94,14 @@ def call_kernel(
     )
 
 
+def dense(q, k, v, q_position, k_position, *, window=None, sink_tokens=0, lag=None, **options):
+    """The formula on keys in a row."""
+    rule = Rule(window=window, sink_tokens=sink_tokens, lag=lag)
+    return dense_attention(q, k, v, q_position, k_position, rule=rule, **options)
+
+
 attend_kernel = jax.jit(call_kernel, static_argnames=KERNEL_STATIC, compiler_options=FAST_COMPILE)
-oracle = jax.jit(dense_attention, static_argnames=("scale", *RULE))
+oracle = jax.jit(dense, static_argnames=("scale", *RULE))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -89,7 +109,7 @@ class Case:
     """Arguments of the op; beside them the same keys and values in a row."""
 
     q: jax.Array
-    pages: ExactPages | CodedPages
+    pages: Pages
     table: jax.Array
     where: dict[str, jax.Array]  # q_start, q_lens, kv_start, kv_stop
     k: jax.Array  # [batch, tokens, kv_heads, head_dim], the values that the pages stand for
@@ -220,11 +240,11 @@ class _Stored:
     mean: np.ndarray | None = None  # [batch, kv_heads, pages, head_dim]
     layout: TokenMajor | None = None  # None for exact pages
 
-    def as_pages(self, pools, means) -> ExactPages | CodedPages:
+    def as_pages(self, pools, means) -> Pages:
         if self.layout is None:
-            return ExactPages(**pools)
+            return Pages.exact(**pools)
         key_mean = None if self.mean is None else means
-        return CodedPages(arrays=pools, key_mean=key_mean, layout=self.layout)
+        return Pages(arrays=pools, key_mean=key_mean, layout=self.layout)
 
 
 def _round(dtype, k, v, *_, **__):
@@ -239,7 +259,6 @@ def _encode(codec, k, v, normal, *, page_size, word_bits):
     batch, kv_heads, _, head_dim = k.shape
     layout = TokenMajor(
         codec=codec,
-        kv_heads=kv_heads,
         head_dim=head_dim,
         page_size=page_size,
         word_bits=word_bits,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.backends import choose_backend
-from pallas_kernels.pages import ExactPages
+from pallas_kernels.pages import Pages
 from tests.helpers import TOLERANCE
 from tests.pallas_kernels.paged_attention import paged_cases
 from tests.pallas_kernels.paged_attention.paged_cases import LAYER
@@ -47,7 +48,7 @@ def test_two_keys_by_hand(backend):
     one = jnp.asarray([1], jnp.int32)
     out, lse = paged_cases.attend_op(
         jnp.full((1, 1, 2, 1), 2.0),
-        ExactPages(k=pages, v=jnp.exp(pages)),  # values 1 and 3
+        Pages.exact(k=pages, v=jnp.exp(pages)),  # values 1 and 3
         jnp.asarray([[1]], jnp.int32),
         dict(q_start=one, q_lens=one, kv_start=0 * one, kv_stop=2 * one),
         layer=0,
@@ -166,16 +167,31 @@ def test_bad_shapes_name_the_value():
         paged_cases.call_op(q, pages, table[:4], where)
     with pytest.raises(ValueError, match=r"^q.shape=\(5, 6, 20\) must be \[batch, q_tokens, "):
         paged_cases.call_op(q[:, 0], pages, table, where)
-    with pytest.raises(ValueError, match="^sink_logits.shape=.* q_heads must be 6.$"):
+    with pytest.raises(ValueError, match=r"^sink_logits.shape=\(1,\) must be \(6,\).$"):
         paged_cases.call_op(q, pages, table, where, sink_logits=jnp.zeros(1))
 
 
+def backend_module(reason=None):
+    """A backend that refuses every call with this reason, or serves it."""
+    return types.SimpleNamespace(refusal=lambda **call: reason)
+
+
 def test_backend_is_named_or_chosen():
-    served = ("xla", "reference")
+    served = {"xla": backend_module(), "reference": backend_module()}
+    with_gpu = served | {"gpu": backend_module()}
     assert choose_backend("op", None, served, platform="tpu") == "xla"
-    assert choose_backend("op", None, (*served, "gpu"), platform="gpu") == "gpu"
+    assert choose_backend("op", None, with_gpu, platform="gpu") == "gpu"
     assert choose_backend("op", "reference", served) == "reference"
     with pytest.raises(NotImplementedError, match="^op has no 'tpu' backend; it runs on: xla, "):
         choose_backend("op", "tpu", served)
     with pytest.raises(ValueError, match="^backend='cuda' must be one of xla, reference, gpu, tpu"):
         choose_backend("op", "cuda", served)
+    with pytest.raises(NotImplementedError, match="^op: backend='gpu' needs an NVIDIA GPU, and JA"):
+        choose_backend("op", "gpu", with_gpu, platform="cpu")
+
+
+def test_backend_that_refuses_a_call_is_not_chosen_and_says_why_if_named():
+    modules = {"xla": backend_module(), "gpu": backend_module("head_dim=3: not served")}
+    assert choose_backend("op", None, modules, platform="gpu") == "xla"
+    with pytest.raises(NotImplementedError, match="^op: head_dim=3: not served.$"):
+        choose_backend("op", "gpu", modules, platform="gpu")

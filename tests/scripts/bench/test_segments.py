@@ -5,7 +5,6 @@ import json
 import pytest
 
 import jaxkv
-from jaxkv.config import LayerGroup
 from scripts.bench import segments
 from scripts.bench.cases import WORKLOADS
 from scripts.bench.segments import Args, layer_spec, visible_bytes
@@ -14,24 +13,23 @@ TINY = dict(workload="tiny", batch=2, context=150, page_size=16, repeats=1, wind
 HEADS, DIM, PAGE = 2, 64, 16  # of "tiny"
 
 
-def group_of(codec: str, *, together: bool, **options) -> LayerGroup:
+def config_of(codec: str, *, together: bool, **options) -> jaxkv.CacheConfig:
     args = Args(**TINY | options)
     spec = layer_spec(args, WORKLOADS["tiny"], codec, together=together)
     config = jaxkv.CacheConfig(
         layers=(spec,), batch=1, max_tokens=512, page_size=PAGE, platform="gpu"
     )
-    [group] = config.checked().groups
-    return group
+    return config.checked()
 
 
 def test_bytes_seen_are_counted_by_store():
     exact = 2 * HEADS * DIM * 2  # bfloat16
     code = HEADS * 2 * DIM * 0.5 + 2 * HEADS * 3  # 4 bits; a scale, and a value's scale and zero
-    plain = group_of("4bit_nc", together=False)
-    assert visible_bytes(plain, 150, PAGE) == visible_bytes(plain, 160, PAGE) == 70 * code
+    plain = config_of("4bit_nc", together=False)
+    assert visible_bytes(plain, 150) == visible_bytes(plain, 160) == 70 * code
     # Two recent pages, 128 to 150, and 4 sinks are exact; the window begins at 81.
-    together = group_of("4bit_nc", together=True)
-    assert visible_bytes(together, 150, PAGE) == (151 - 128 + 4) * exact + (128 - 81) * code
+    together = config_of("4bit_nc", together=True)
+    assert visible_bytes(together, 150) == (151 - 128 + 4) * exact + (128 - 81) * code
 
 
 def test_both_ways_are_measured_and_right(capsys):

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import pytest
 
-from pallas_kernels.paged_attention import gpu, gpu_chunks, gpu_decode, gpu_plan, gpu_tiles
+from pallas_kernels.paged_attention.triton import backend, call, chunks, tiles, work_list
 from tests.pallas_kernels.paged_attention import paged_cases
 
 
@@ -29,18 +29,18 @@ def few_programs(monkeypatch):
     """
     planned = []
 
-    def plan_work(scalars, *args):
-        planned.append(scalars["kv_stop"].shape)
-        return gpu_plan.plan_work(scalars, *args)
+    def plan_work(bounds, *args):
+        planned.append(bounds.run.stop.shape)
+        return work_list.plan_work(bounds, *args)
 
     def few(choose):
         sizes = dict(programs=6, least_tokens=16, good_tokens=16, unsplit=False)
         return lambda *args: dataclasses.replace(choose(*args), **sizes)
 
-    monkeypatch.setattr(gpu_decode, "plan_work", plan_work)
-    monkeypatch.setattr(gpu_decode, "choose_config", few(gpu_tiles.choose_config))
-    monkeypatch.setattr(gpu_chunks, "chunk_config", few(gpu_tiles.chunk_config))
-    traced = (gpu._attend_few, gpu._attend_chunk, paged_cases.attend_op)
+    monkeypatch.setattr(call, "plan_work", plan_work)
+    monkeypatch.setattr(call, "choose_config", few(tiles.choose_config))
+    monkeypatch.setattr(chunks, "chunk_config", few(tiles.chunk_config))
+    traced = (backend._attend_few, backend._attend_chunk, paged_cases.attend_op)
     for function in traced:
         function.clear_cache()
     yield planned

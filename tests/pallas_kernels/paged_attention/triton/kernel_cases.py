@@ -3,9 +3,9 @@
 import dataclasses
 
 import numpy as np
-from pallas_kernels.paged_attention.gpu_tiles import DecodeConfig
 
 from jaxkv.codecs import get_codec
+from pallas_kernels.paged_attention.triton.tiles import DecodeConfig
 from tests.pallas_kernels.paged_attention import paged_cases
 
 FLOATS = ("float32", "float16", "bfloat16")

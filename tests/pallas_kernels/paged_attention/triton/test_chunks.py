@@ -1,8 +1,8 @@
 """Chunks of prompts by the GPU kernel, block by block, equal the dense formula."""
 
 import pytest
-from pallas_kernels.visibility import PageLag
 
+from pallas_kernels.rule import PageLag
 from tests.pallas_kernels.paged_attention.triton.kernel_cases import assert_close, make_case
 
 # More rows than a program takes, in blocks of 8 or 42 tokens: the last one partly or all padding.

@@ -2,8 +2,8 @@
 
 import jax.numpy as jnp
 import pytest
-from pallas_kernels.visibility import PageLag
 
+from pallas_kernels.rule import PageLag
 from tests.pallas_kernels.paged_attention.triton.kernel_cases import (
     EDGES,
     SMALL,

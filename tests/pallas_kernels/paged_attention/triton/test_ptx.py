@@ -10,7 +10,8 @@ from jaxkv.codecs.codebooks import get_codebook
 from jaxkv.codecs.packing import pack_planes
 from jaxkv.codecs.turboquant import TurboQuant
 
-from pallas_kernels.paged_attention import gpu_dequant
+from pallas_kernels.paged_attention.triton import levels as kernel_levels
+from pallas_kernels.paged_attention.triton import readers
 from tests.pallas_kernels.paged_attention.triton.ptx_emulator import run_asm
 
 
@@ -28,7 +29,7 @@ from tests.pallas_kernels.paged_attention.triton.ptx_emulator import run_asm
 )
 def test_polynomials_pass_through_the_levels(bits, name):
     codec = TurboQuant(bits=bits, codebook=name)
-    levels = gpu_dequant.make_levels(codec)
+    levels = kernel_levels.make_levels(codec)
     t = (np.arange(2**bits) - levels.centre) * levels.step
     value = levels.gain * sum(c * t ** (2 * i + 1) for i, c in enumerate(levels.coefficients))
     np.testing.assert_allclose(value, get_codebook(name, bits).levels, atol=3e-4)
@@ -81,14 +82,14 @@ def test_ptx_unpacks_what_was_packed(codec, head_dim, word_bits, dims_first, mon
         codes[~np.isfinite(codes.view(codec.codes_dtype).astype(np.float32))] = 0  # never stored
     packed = [np.asarray(x) for x in pack_planes(jnp.asarray(codes), codec.bits, word_bits)]
     names = [f"k_{x}" for x in ("codes", "high")[: len(packed)]]
-    reader = gpu_dequant.coded_reader("k", codec, head_dim, dict(zip(names, packed, strict=True)))
+    reader = readers.coded_reader("k", codec, head_dim, dict(zip(names, packed, strict=True)))
     orders = {}
 
     def asm(text, args, *rest, **options):
         order = orders.setdefault(args[0].size, rng.permutation(args[0].size))
         return run_asm(order, text, args, *rest, **options)
 
-    monkeypatch.setattr(gpu_dequant, "_asm", asm)
+    monkeypatch.setattr(readers, "inline", asm)
     if codec.codes_dtype == jnp.int8:
         want = codes - 128.0
     else:

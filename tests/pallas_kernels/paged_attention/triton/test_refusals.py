@@ -3,7 +3,7 @@
 import pytest
 
 from jaxkv import CacheConfig, KVCache, LayerSpec
-from pallas_kernels.paged_attention import gpu_decode
+from pallas_kernels.paged_attention.triton import call
 from tests.pallas_kernels.paged_attention.triton.kernel_cases import make_case
 
 
@@ -28,6 +28,6 @@ def test_layouts_that_are_not_served():
         make_case("tq4", word_bits=8).attend_kernel(interpret=True)
     spec = LayerSpec(kv_heads=2, head_dim=64, codec="fp8_e4m3")
     for_cpus = CacheConfig(layers=(spec,), batch=1, max_tokens=64, page_size=16, platform="cpu")
-    [state] = KVCache.create(for_cpus).groups
-    with pytest.raises(NotImplementedError, match="^TokensLast: the GPU kernel reads TokenMajor"):
-        gpu_decode.check(state.body.pages, q_tokens=1, group=2)
+    [store] = KVCache.create(for_cpus).stores
+    reason = call.refusal(store.pages, q_tokens=1, group=2)
+    assert reason == "TokensLast: the GPU kernel reads TokenMajor pages"

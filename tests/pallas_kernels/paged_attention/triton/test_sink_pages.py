@@ -4,8 +4,8 @@ import dataclasses
 
 import jax.numpy as jnp
 import pytest
-from pallas_kernels.visibility import PageLag
 
+from pallas_kernels.rule import PageLag
 from tests.pallas_kernels.paged_attention.triton.kernel_cases import assert_close, make_case
 
 CASES = {

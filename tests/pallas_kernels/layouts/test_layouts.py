@@ -17,8 +17,10 @@ from jaxkv.codecs import (
     default_layout,
     get_codec,
 )
+from pallas_kernels.codecs.presets import exact_codec
 from pallas_kernels.layouts.packing import unpack_planes
 from pallas_kernels.layouts.page_layout import MAX_WASTE
+from pallas_kernels.layouts.plain import Plain
 
 PLATFORMS = ("cpu", "gpu", "tpu")
 # On TPU 2- and 3-bit codes of 80 dims fill no 32-bit words, and 3 heads leave rows of a tile empty.
@@ -58,14 +60,15 @@ def test_pages_round_trip_within_the_waste(name, platform, kv_heads, head_dim):
     except ValueError as error:
         assert platform == "tpu" and (name, kv_heads, head_dim) in REFUSED, error
         return
-    assert layout.allocated_bytes <= MAX_WASTE * layout.useful_bytes
+    assert layout.allocated_bytes(kv_heads) <= MAX_WASTE * layout.useful_bytes(kv_heads)
     shape = (2, kv_heads, page_size, head_dim)
     key, value = random_record(codec.key, shape, 0), random_record(codec.value, shape, 1)
     arrays = jax.jit(layout.pack)(key, value)
     assert {n: (a.shape[1:], a.dtype) for n, a in arrays.items()} == {
-        n: (s.shape, s.dtype) for n, s in layout.arrays.items()
+        n: (s.shape, s.dtype) for n, s in layout.arrays(kv_heads).items()
     }
-    assert sum(a[0].nbytes for a in arrays.values()) == layout.allocated_bytes
+    assert layout.kv_heads(arrays) == kv_heads
+    assert sum(a[0].nbytes for a in arrays.values()) == layout.allocated_bytes(kv_heads)
     assert_same_bits(jax.jit(layout.unpack)(arrays), (key, value))
 
 
@@ -76,7 +79,7 @@ def test_token_major_allocates_exactly_what_the_codec_counts(name, platform, hea
     layout = default_layout(
         get_codec(name), platform=platform, kv_heads=3, head_dim=head_dim, page_size=64
     )
-    assert layout.allocated_bytes == layout.useful_bytes
+    assert layout.allocated_bytes(3) == layout.useful_bytes(3)
 
 
 @pytest.mark.parametrize("name", ["4bit_nc", "tq3", "k8v4", "exact"])
@@ -115,12 +118,12 @@ SHORT = TurboQuant(factor_kind="ue5m3")
 )
 def test_factors_of_a_token_share_words(key, value, words):
     codec = KVCodec(name="own", key=key, value=value)
-    layout = TokenMajor(codec=codec, kv_heads=3, head_dim=64, page_size=16, word_bits=16)
-    assert {n: s for n, s in layout.arrays.items() if n.startswith("factors")} == {
+    layout = TokenMajor(codec=codec, head_dim=64, page_size=16, word_bits=16)
+    assert {n: s for n, s in layout.arrays(3).items() if n.startswith("factors")} == {
         f"factors_{dtype}": jax.ShapeDtypeStruct((rows, 3, 16), dtype)
         for dtype, rows in words.items()
     }
-    assert layout.allocated_bytes == layout.useful_bytes
+    assert layout.allocated_bytes(3) == layout.useful_bytes(3)
     shape = (2, 3, 16, 64)
     record = random_record(key, shape, 0), random_record(value, shape, 1)
     assert_same_bits(layout.unpack(layout.pack(*record)), record)
@@ -136,7 +139,7 @@ def test_factors_of_a_token_share_words(key, value, words):
 )
 def test_the_first_factor_stands_alone_and_pairs_begin_low(name, alone, pair):
     codec = get_codec(name)
-    layout = TokenMajor(codec=codec, kv_heads=2, head_dim=64, page_size=16, word_bits=16)
+    layout = TokenMajor(codec=codec, head_dim=64, page_size=16, word_bits=16)
     shape = (2, 16, 64)
     key, value = random_record(codec.key, shape, 0), random_record(codec.value, shape, 1)
     arrays = {n: np.asarray(x) for n, x in layout.pack(key, value).items()}
@@ -152,17 +155,17 @@ def test_gpu_words_are_chosen_by_head_dim():
     layout = lambda d, name="tq4": default_layout(
         get_codec(name), platform="gpu", kv_heads=8, head_dim=d, page_size=64
     )
-    assert layout(128).arrays["k_codes"] == jax.ShapeDtypeStruct((8, 64, 16), jnp.uint32)
-    assert layout(64).arrays["k_codes"] == jax.ShapeDtypeStruct((8, 64, 16), jnp.uint16)
-    assert layout(128, "tq3").arrays["k_high"] == jax.ShapeDtypeStruct((8, 64, 8), jnp.uint16)
-    assert layout(128, "int8").arrays["v_codes"] == jax.ShapeDtypeStruct((8, 64, 64), jnp.uint16)
-    assert layout(112, "tq3").arrays["v_high"] == jax.ShapeDtypeStruct((8, 64, 7), jnp.uint16)
+    assert layout(128).arrays(8)["k_codes"] == jax.ShapeDtypeStruct((8, 64, 16), jnp.uint32)
+    assert layout(64).arrays(8)["k_codes"] == jax.ShapeDtypeStruct((8, 64, 16), jnp.uint16)
+    assert layout(128, "tq3").arrays(8)["k_high"] == jax.ShapeDtypeStruct((8, 64, 8), jnp.uint16)
+    assert layout(128, "int8").arrays(8)["v_codes"] == jax.ShapeDtypeStruct((8, 64, 64), jnp.uint16)
+    assert layout(112, "tq3").arrays(8)["v_high"] == jax.ShapeDtypeStruct((8, 64, 7), jnp.uint16)
 
 
 def test_tpu_page_is_words_then_meta_as_the_notes_say():
     codec = get_codec("4bit_nc")
-    layout = TokensOnLanes(codec=codec, kv_heads=8, head_dim=128)
-    assert layout.arrays == {
+    layout = TokensOnLanes(codec=codec, head_dim=128)
+    assert layout.arrays(8) == {
         "codes": jax.ShapeDtypeStruct((8 * 128 // 4, 128), jnp.uint32),
         "meta": jax.ShapeDtypeStruct((16, 128), jnp.uint32),
     }
@@ -183,8 +186,8 @@ def test_tpu_page_is_words_then_meta_as_the_notes_say():
 
 def test_transfer_between_layouts_keeps_the_record():
     codec = get_codec("tq2")
-    lanes = TokensOnLanes(codec=codec, kv_heads=8, head_dim=64)
-    words = TokenMajor(codec=codec, kv_heads=8, head_dim=64, page_size=128, word_bits=16)
+    lanes = TokensOnLanes(codec=codec, head_dim=64)
+    words = TokenMajor(codec=codec, head_dim=64, page_size=128, word_bits=16)
     shape = (8, 128, 64)
     record = random_record(codec.key, shape, 0), random_record(codec.value, shape, 1)
     assert_same_bits(words.unpack(words.pack(*lanes.unpack(lanes.pack(*record)))), record)
@@ -193,19 +196,19 @@ def test_transfer_between_layouts_keeps_the_record():
 @pytest.mark.parametrize(
     "build, match",
     [
-        (lambda: TokensOnLanes(codec=get_codec("tq4"), kv_heads=1, head_dim=80), "useful ones"),
-        (lambda: TokensOnLanes(codec=get_codec("tq3"), kv_heads=8, head_dim=80), "multiple of 32"),
+        (lambda: TokensOnLanes(codec=get_codec("tq4"), head_dim=80).check_waste(1), "useful ones"),
+        (lambda: TokensOnLanes(codec=get_codec("tq3"), head_dim=80), "multiple of 32"),
         (
-            lambda: TokensOnLanes(codec=get_codec("tq4"), kv_heads=8, head_dim=64, page_size=64),
+            lambda: TokensOnLanes(codec=get_codec("tq4"), head_dim=64, page_size=64),
             "page_size=64",
         ),
         (
-            lambda: TokenMajor(codec=get_codec("tq3"), kv_heads=8, head_dim=20, page_size=64),
+            lambda: TokenMajor(codec=get_codec("tq3"), head_dim=20, page_size=64),
             "multiple of 8",
         ),
         (
             lambda: TokensOnLanes(
-                codec=KVCodec(name="mixed", key=Exact(), value=Int8()), kv_heads=8, head_dim=64
+                codec=KVCodec(name="mixed", key=Exact(), value=Int8()), head_dim=64
             ),
             "exact tensor",
         ),
@@ -225,9 +228,22 @@ def test_what_does_not_fit_is_refused_when_built(build, match):
 def test_quantized_page_survives_the_layout():
     codec = get_codec("tq4")
     x = np.random.default_rng(0).normal(size=(2, 64, 64)).astype(np.float32)
-    layout = TokenMajor(codec=codec, kv_heads=2, head_dim=64, page_size=64)
+    layout = TokenMajor(codec=codec, head_dim=64, page_size=64)
     key, value = codec.key.quantize(x), codec.value.quantize(x)
     arrays = layout.pack(key, value)
     np.testing.assert_array_equal(unpack_planes((arrays["k_codes"],), 4), key.codes)
     restored, _ = layout.unpack(arrays)
     np.testing.assert_array_equal(codec.key.dequantize(restored), codec.key.dequantize(key))
+
+
+def test_plain_pages_hold_values_as_they_are():
+    layout = Plain(codec=exact_codec("float32"), head_dim=20, page_size=8)
+    key = random_record(Exact("float32"), (5, 3, 8, 20), 0)
+    value = random_record(Exact("float32"), (5, 3, 8, 20), 1)
+    arrays = layout.pack(key, value)
+    np.testing.assert_array_equal(arrays["k"], key.codes)
+    assert_same_bits(layout.unpack(arrays), (key, value))
+    assert layout.kv_heads(arrays) == 3
+    assert layout.allocated_bytes(3) == layout.useful_bytes(3) == 2 * 3 * 8 * 20 * 4
+    with pytest.raises(ValueError, match="^codec='tq4' must be exact"):
+        Plain(codec=get_codec("tq4"), head_dim=64, page_size=8)

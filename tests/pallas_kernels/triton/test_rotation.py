@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from pallas_kernels.gpu_rotation import FEW_ROWS, rotate_rows, sign_matrix
 
 from pallas_kernels.codecs.turboquant import TurboQuant
+from pallas_kernels.triton.rotation import FEW_ROWS, rotate_rows, sign_matrix
 
 SIGNED = TurboQuant(sign_seed=3)
 

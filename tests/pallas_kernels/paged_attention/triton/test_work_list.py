@@ -1,11 +1,12 @@
 """Shares of pages: every page once, as even as promised, parts where the merge looks for them."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from pallas_kernels.paged_attention.gpu_split import SpanPages
 
-from pallas_kernels.paged_attention import gpu_plan
+from pallas_kernels.paged_attention.triton import work_list
+from pallas_kernels.paged_attention.triton.span import SpanPages
 
 
 @pytest.fixture(params=["interpret", pytest.param("compiled", marks=pytest.mark.gpu)])
@@ -28,19 +29,19 @@ def test_shares_cover_every_page_once_and_are_even(alike, interpret):
             pages = np.where(pages, 60, 0)
         least, wanted = int(rng.integers(1, 5)), int(rng.integers(1, most + 10))
         programs = min(wanted, len(pages) * -(-90 // least))
-        asked = gpu_plan.Shares(
+        asked = work_list.Shares(
             programs=programs,
             fewest=min(programs, int(rng.integers(1, 50))),
             good_pages=int(rng.integers(1, 20)),
             least_pages=least,
         )
-        work = gpu_plan.plan_work(
+        work = work_list.plan_work(
             {"pages": jnp.asarray(pages, jnp.int32)},
             lambda x: SpanPages(jnp.zeros_like(x["pages"]), x["pages"]),
             asked,
             interpret,
         )
-        work = gpu_plan.WorkList(*map(np.asarray, work))
+        work = jax.tree.map(np.asarray, work)
         seen, parts = [[] for _ in pages], [[] for _ in pages]
         shares = []
         for p in range(programs):
