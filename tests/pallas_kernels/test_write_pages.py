@@ -17,7 +17,7 @@ import jaxkv
 from jaxkv.codecs import get_codec
 from pallas_kernels.backends import interpret_kernels
 from pallas_kernels.pages import Pages
-from pallas_kernels.write_pages import choose, gpu, write_pages
+from pallas_kernels.write_pages import choose, triton, write_pages
 
 LAYERS, PAGE_SIZE, BATCH = 2, 16, 3
 
@@ -122,7 +122,7 @@ def test_no_pool_is_copied(scan, tokens):
 @pytest.mark.parametrize("tokens", [1, 512])
 def test_lowers_for_cuda_with_its_pools_aliased(tokens):
     pools, k, v, where = make_case(tokens, 3, 80)
-    write = jax.jit(lambda pools, k, v, where: gpu.write_pages(pools, k, v, layer=1, **where))
+    write = jax.jit(lambda pools, k, v, where: triton.write_pages(pools, k, v, layer=1, **where))
     text = write.trace(pools, k, v, where).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("output_operand_alias<") == 2
 
