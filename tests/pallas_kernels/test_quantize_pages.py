@@ -81,7 +81,7 @@ def test_pages_of_the_kernel_are_those_of_xla(name, head_dim, layer, kernels):
 
 @pytest.mark.parametrize("name, n", [("int8", 1), ("int8", 8), ("int8", 11), ("tq4", 11)])
 def test_programs_take_several_pages_of_the_list(name, n, kernels, monkeypatch):
-    monkeypatch.setattr(gpu, "PROGRAMS", 8 * LAYERS * KV_HEADS)
+    monkeypatch.setattr(triton, "PROGRAMS", 8 * LAYERS * KV_HEADS)
     # Of eight lanes: both pages of two of them, one of one, the first or the second.
     wanted = jnp.array([1, 0, 1, 0, 1, 0, 0, 0, 1, 1, 1], bool)[:n]
     i = jnp.arange(n, dtype=jnp.int32)
