@@ -12,7 +12,7 @@ from jaxkv import CacheConfig, KVCache, LayerSpec
 from jaxkv.codecs import get_codec
 from pallas_kernels.backends import interpret_kernels
 from pallas_kernels.pages import Pages
-from pallas_kernels.quantize_pages import choose, quantize_pages
+from pallas_kernels.quantize_pages import choose, quantize_pages, triton
 
 LAYERS, KV_HEADS, PAGE = 3, 2, 16
 SOURCE, TARGET = jnp.array([1, 2, 3], jnp.int32), jnp.array([4, 2, 5], jnp.int32)
