@@ -96,7 +96,8 @@ def merge(a: Part, b: Part) -> Part:
     total = weight_a + weight_b
     seen = total > 0
     total = jnp.where(seen, total, 1.0)
-    out = a.out * (weight_a / total)[..., None] + b.out * (weight_b / total)[..., None]
+    out_a, out_b = a.out.astype(jnp.float32), b.out.astype(jnp.float32)
+    out = out_a * (weight_a / total)[..., None] + out_b * (weight_b / total)[..., None]
     return Part(out, jnp.where(seen, top + jnp.log(total), -jnp.inf))
 
 

@@ -4,7 +4,6 @@ On a CPU the kernel is interpreted; with a GPU the same cases run compiled (pyte
 """
 
 import contextlib
-import dataclasses
 import functools
 import re
 
@@ -73,7 +72,7 @@ def test_pages_are_those_of_xla(case, many, kernels, monkeypatch):
     pools, k, v, where = make_case(**case)
     want = write_pages(pools, k, v, layer=1, **where, backend="xla")
     got = write_pages(pools, k, v, layer=1, **where, backend="gpu")
-    assert np.isfinite(want.k).sum() == where["writes"].sum() * k[0, 0].size
+    assert np.isfinite(want.arrays["k"]).sum() == where["writes"].sum() * k[0, 0].size
     assert_same_bits(got, want)
 
 
@@ -113,8 +112,9 @@ def test_no_pool_is_copied(scan, tokens):
     pools, k, v, where = make_case(tokens, 2, 64)
     run = functools.partial(step if scan else unrolled, backend="gpu")
     compiled = jax.jit(run, donate_argnums=0).lower(pools, k, v, where).compile()
-    assert compiled.memory_analysis().alias_size_in_bytes >= 2 * pools.k.nbytes
-    shape = re.escape(f"[{','.join(map(str, pools.k.shape))}]")
+    pool = pools.arrays["k"]
+    assert compiled.memory_analysis().alias_size_in_bytes >= 2 * pool.nbytes
+    shape = re.escape(f"[{','.join(map(str, pool.shape))}]")
     assert not re.findall(rf"= \w+{shape}\S* copy\S*\(.*", compiled.as_text())
 
 
@@ -136,7 +136,8 @@ def test_what_the_kernel_does_not_serve_is_named():
         choose("gpu", pools, platform="cpu")
     with pytest.raises(NotImplementedError, match="has no 'reference' backend"):
         write_pages(pools, k, v, layer=0, **where, backend="reference")
-    unlike = dataclasses.replace(pools, v=pools.v.astype(jnp.float16))
+    k_pool, v_pool = pools.arrays["k"], pools.arrays["v"]
+    unlike = Pages.exact(k_pool, v_pool.astype(jnp.float16))
     with pytest.raises(NotImplementedError, match="bfloat16 keys, float16 values"):
         choose("gpu", unlike, platform="gpu")
     odd = jax.tree.map(lambda x: x.astype(jnp.float8_e4m3fn), pools)

@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jaxkv.codecs.affine import Int8, MinMax
-from jaxkv.codecs.codec import KVCodec
-from jaxkv.codecs.turboquant import TurboQuant
 
 from jaxkv.codecs import get_codec
+from pallas_kernels.codecs.affine import Int8, MinMax
+from pallas_kernels.codecs.codec import KVCodec
+from pallas_kernels.codecs.turboquant import TurboQuant
 from tests.pallas_kernels.paged_attention.paged_cases import (
     KERNEL_STATIC,
     LAYERS,

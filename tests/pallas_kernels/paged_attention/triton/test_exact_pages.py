@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels.rule import PageLag
+from pallas_kernels.segment import Part, add_learned_sink
 from tests.pallas_kernels.paged_attention.triton.kernel_cases import (
     EDGES,
     SMALL,
@@ -71,9 +72,10 @@ def test_shapes(shape, interpret):
 @pytest.mark.parametrize("tokens, dtype", [(1, "bfloat16"), (9, "float32")], ids=["few", "chunk"])
 def test_learned_sinks_and_the_type_of_the_output(tokens, dtype, interpret):
     case = make_case(lengths=(20, 49), q_lens=(tokens, 1))
-    sinks = jnp.arange(case.q.shape[2], dtype=jnp.float32) / 3 - 1
-    out, lse = case.attend(
-        backend="gpu", interpret=interpret, sink_logits=sinks, out_dtype=jnp.dtype(dtype)
-    )
+    out, lse = case.attend(backend="gpu", interpret=interpret, out_dtype=jnp.dtype(dtype))
     assert out.dtype == dtype
-    assert_close((out.astype(jnp.float32), lse), case.dense(sink_logits=sinks))
+    assert_close((out.astype(jnp.float32), lse), case.dense())
+    sinks = jnp.arange(case.q.shape[2], dtype=jnp.float32) / 3 - 1
+    part = add_learned_sink(Part(out, lse), sinks)
+    assert part.out.dtype == jnp.float32
+    assert_close(part, case.dense(sink_logits=sinks))

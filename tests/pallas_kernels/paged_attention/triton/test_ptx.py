@@ -5,11 +5,11 @@ import functools
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jaxkv.codecs.affine import Float8, Int8, MinMax
-from jaxkv.codecs.codebooks import get_codebook
-from jaxkv.codecs.packing import pack_planes
-from jaxkv.codecs.turboquant import TurboQuant
 
+from pallas_kernels.codecs.affine import Float8, Int8, MinMax
+from pallas_kernels.codecs.codebooks import get_codebook
+from pallas_kernels.codecs.turboquant import TurboQuant
+from pallas_kernels.layouts.packing import pack_planes
 from pallas_kernels.paged_attention.triton import levels as kernel_levels
 from pallas_kernels.paged_attention.triton import readers
 from tests.pallas_kernels.paged_attention.triton.ptx_emulator import run_asm

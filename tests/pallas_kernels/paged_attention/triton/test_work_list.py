@@ -7,6 +7,7 @@ import pytest
 
 from pallas_kernels.paged_attention.triton import work_list
 from pallas_kernels.paged_attention.triton.span import SpanPages
+from tests.pallas_kernels.paged_attention.paged_cases import on_the_device
 
 
 @pytest.fixture(params=["interpret", pytest.param("compiled", marks=pytest.mark.gpu)])
@@ -35,12 +36,13 @@ def test_shares_cover_every_page_once_and_are_even(alike, interpret):
             good_pages=int(rng.integers(1, 20)),
             least_pages=least,
         )
-        work = work_list.plan_work(
-            {"pages": jnp.asarray(pages, jnp.int32)},
-            lambda x: SpanPages(jnp.zeros_like(x["pages"]), x["pages"]),
-            asked,
-            interpret,
-        )
+        with on_the_device():
+            work = work_list.plan_work(
+                {"pages": np.asarray(pages, np.int32)},
+                lambda x: SpanPages(jnp.zeros_like(x["pages"]), x["pages"]),
+                asked,
+                interpret,
+            )
         work = jax.tree.map(np.asarray, work)
         seen, parts = [[] for _ in pages], [[] for _ in pages]
         shares = []
