@@ -68,7 +68,7 @@ class GroupReport:
 def explain(
     config: CacheConfig, *, backend: Backend | None = None, platform: str | None = None
 ) -> list[GroupReport]:
-    """Tells what `KVCache.attend` will run for each layer group, without running it.
+    """Tells which backends `KVCache.attend` will use for each layer group, without running it.
 
     Args:
       config: the cache's configuration.

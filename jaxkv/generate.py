@@ -73,7 +73,7 @@ class Generation:
     prompt_tokens: int  # tokens of all prompts
     bytes_peak: int  # bytes of the most pages in use at a time, each store's peak summed
     bytes_reserved: int  # bytes of the whole cache
-    config: CacheConfig  # of the cache that was used
+    config: CacheConfig  # configuration of the cache
 
     @property
     def prefill_speed(self) -> float:

@@ -34,7 +34,7 @@ class Keep:
     dtype: str | None = None
 
     def apply(self, layers: Sequence[LayerSpec]) -> tuple[LayerSpec, ...]:
-        """Returns the specs of a model's layers, changed to keep what this says.
+        """Returns the specs of a model's layers, changed to keep what this value describes.
 
         Args:
           layers: one spec per layer with the model's heads, windows and float type.

@@ -14,7 +14,7 @@ class Sampling:
     """How to draw; `Sampling()` is greedy.
 
     None leaves a rule out of the compiled program; a number can change without compiling again.
-    Rules apply in the order of the fields, each on what the one before left.
+    Rules apply in the order of the fields, each to the tokens that the previous one kept.
 
     Attributes:
       temperature: logits are divided by it; None or 0 takes the largest logit.

@@ -52,7 +52,7 @@ class Pages:
 
     @property
     def dims(self) -> dict[str, int]:
-        """Sizes by name; raises ValueError where an array is not what the layout says."""
+        """Sizes by name; raises ValueError if an array's shape is not the layout's."""
         layers, pages = next(iter(self.arrays.values())).shape[:2]
         kv_heads = self.layout.kv_heads(self.arrays)
         for name, one in self.layout.arrays(kv_heads).items():
