@@ -124,7 +124,7 @@ class Rule:
         return (q_position + 1) // self.stride if self.stride > 1 else q_position + 1
 
     def seen_by_some(self, q_start, q_lens, start, stop) -> tuple[jax.Array, jax.Array]:
-        """Narrows entries `start <= g < stop` to those between the first and last that are seen.
+        """Narrows `start <= g < stop` to bounds of the entries that some query sees.
 
         Args:
           q_start: `i32[batch]`, position of the first query.
