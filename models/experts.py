@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from models import mxfp4
+from pallas_kernels.device import current_platform
 
 Layer = int | jax.Array
 
@@ -182,7 +183,7 @@ class Experts(nnx.Module):
     def _project(self, name: str, x: jax.Array, index: jax.Array) -> jax.Array:
         """`weight.T @ x + bias` of one expert, `[in, block]` to `f32[out, block]`."""
         bias = self._flat(name + "_bias")[index].astype(jnp.float32)[:, None]
-        if jax.default_backend() == "cpu":
+        if current_platform() == "cpu":
             x = x.astype(jnp.float32)  # products of bfloat16 are slower, or missing
         multiply = self._multiply_packed if self.config.packed else self._multiply_plain
         return multiply(name, x, index, bias.size) + bias
@@ -287,7 +288,7 @@ def _expert_rows(weight: jax.Array, index: jax.Array, start: jax.Array, size: in
 
 def _tiles(size: int) -> tuple[int, int]:
     """Rows of a weight per tile, and the number of tiles; except on a CPU one tile has all rows."""
-    tile = min(size, CPU_TILE) if jax.default_backend() == "cpu" else size
+    tile = min(size, CPU_TILE) if current_platform() == "cpu" else size
     return tile, -(-size // tile)
 
 
@@ -304,6 +305,6 @@ def block_size(tokens: int, per_expert: float) -> int:
       per_expert: the mean number of pairs per expert.
     """
     best = math.sqrt(
-        2 * per_expert * UNPACK_TOKENS["cpu" if jax.default_backend() == "cpu" else "gpu"]
+        2 * per_expert * UNPACK_TOKENS["cpu" if current_platform() == "cpu" else "gpu"]
     )
     return 1 << math.ceil(math.log2(max(1, min(best, tokens))))

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# Minimum-MSE coefficients of t, t^3, ... for unit variance, by number of bits.
+# Coefficients of t, t^3, ... of least MSE for unit variance, by number of bits (docs/design.md,
+# Codecs).
 CUBIC = {2: (0.892887, 0.0506925), 3: (0.471455, 0.0115849), 4: (0.240507, 0.00209753)}
 QUINTIC = {4: (0.262655, 1.29166e-4, 2.95824e-5)}
 

@@ -12,7 +12,7 @@ from jaxkv import CacheConfig, KVCache, LayerSpec
 from jaxkv.codecs import get_codec
 from pallas_kernels.backends import interpret_kernels
 from pallas_kernels.pages import Pages
-from pallas_kernels.quantize_pages import choose, quantize_pages
+from pallas_kernels.quantize_pages import choose, quantize_pages, triton
 
 LAYERS, KV_HEADS, PAGE = 3, 2, 16
 SOURCE, TARGET = jnp.array([1, 2, 3], jnp.int32), jnp.array([4, 2, 5], jnp.int32)
@@ -82,7 +82,7 @@ def test_pages_of_the_kernel_are_those_of_xla(name, head_dim, layer, kernels):
 
 @pytest.mark.parametrize("name, n", [("int8", 1), ("int8", 8), ("int8", 11), ("tq4", 11)])
 def test_programs_take_several_pages_of_the_list(name, n, kernels, monkeypatch):
-    monkeypatch.setattr(gpu, "PROGRAMS", 8 * LAYERS * KV_HEADS)
+    monkeypatch.setattr(triton, "PROGRAMS", 8 * LAYERS * KV_HEADS)
     # There are eight lanes. Of 11 entries, lanes 0 and 2 have two wanted pages, others one or none.
     wanted = jnp.array([1, 0, 1, 0, 1, 0, 0, 0, 1, 1, 1], bool)[:n]
     i = jnp.arange(n, dtype=jnp.int32)

@@ -69,7 +69,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_pages_are_those_of_xla(case, many, kernels, monkeypatch):
     if many:
-        monkeypatch.setattr(gpu, "FEW_TOKENS", 0)
+        monkeypatch.setattr(triton, "FEW_TOKENS", 0)
     pools, k, v, where = make_case(**case)
     want = write_pages(pools, k, v, layer=1, **where, backend="xla")
     got = write_pages(pools, k, v, layer=1, **where, backend="gpu")
