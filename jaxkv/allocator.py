@@ -1,7 +1,7 @@
 """Hands out and takes back the pages of one pool: a free stack and reference counts, no loops.
 
 Every function takes a batch of requests, is deterministic, and costs O(requests) whatever the
-pool's size. Contents of pages are not its business.
+pool's size. It manages page ids only, not the contents of pages.
 """
 
 import dataclasses
@@ -9,7 +9,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-NULL_PAGE = 0  # never handed out; table entries that hold nothing point to it
+NULL_PAGE = 0  # never handed out; table entries that hold no page have this id
 
 
 @jax.tree_util.register_dataclass
@@ -17,9 +17,9 @@ NULL_PAGE = 0  # never handed out; table entries that hold nothing point to it
 class PagePool:
     """Which pages of a pool are free, and how often each of the others is referenced."""
 
-    free_stack: jax.Array  # i32[pages], the first `free_pages` entries are free pages
+    free_stack: jax.Array  # i32[pages], the first `free_pages` entries are the ids of free pages
     free_pages: jax.Array  # i32[], height of the stack
-    references: jax.Array  # i32[pages], table entries that name the page; 0 for free ones
+    references: jax.Array  # i32[pages], number of table entries that name the page; 0 if free
 
 
 def create_pool(pages: int) -> PagePool:
@@ -33,9 +33,10 @@ def create_pool(pages: int) -> PagePool:
 
 
 def allocate(pool: PagePool, wanted: jax.Array) -> tuple[PagePool, jax.Array]:
-    """Gives one page to each true entry; the caller has checked that there are enough.
+    """Gives one page to each true entry; the caller must have checked that there are enough.
 
     Args:
+      pool: the pool that the pages come from.
       wanted: `bool[...]`, any shape, at most `pool.free_pages` of them true.
 
     Returns:
@@ -69,8 +70,9 @@ def release(pool: PagePool, page: jax.Array) -> PagePool:
     index = _named(pool, page)
     references = pool.references.at[index].add(-1, mode="drop")
     dying = (page != NULL_PAGE) & (references[page] == 0)
-    # Of several entries that name a dying page the first returns it: each writes its negated
-    # rank where the count was, the least survives, and whoever finds its own rank has won.
+    # Of several entries that name a dying page, the first returns it. Each entry writes a negative
+    # number where the count was, smaller for earlier entries; the entry that finds its own number
+    # there afterwards was the first.
     rank = -1 - jnp.arange(page.size, 0, -1, dtype=jnp.int32)
     dead = jnp.where(dying, page, references.size)
     claimed = references.at[dead].min(rank, mode="drop")
@@ -86,5 +88,5 @@ def release(pool: PagePool, page: jax.Array) -> PagePool:
 
 
 def _named(pool: PagePool, page: jax.Array) -> jax.Array:
-    """Index for `.at[...]` in mode "drop": null pages fall outside."""
+    """Index for `.at[...]` in mode "drop": null pages get one that is out of range."""
     return jnp.where(page == NULL_PAGE, pool.references.size, page)

@@ -31,14 +31,14 @@ def attend_stores(
     """Attends the queries to everything that their layer has kept.
 
     Args:
-      queries: new tokens; their keys have been written.
-      stores: of the layer's group.
-      spec: of the layer.
-      layer: index in the group.
-      scale: as in `KVCache.attend`, like the rest.
+      queries: the new tokens; their keys must have been written.
+      stores: the stores of the layer's group.
+      spec: the layer's spec.
+      layer: the layer's index in its group.
+      scale: as in `KVCache.attend`, like the arguments after it.
 
     Returns:
-      Shaped like `queries.q`; of its dtype where there is nothing to merge, else float32.
+      Outputs shaped like `queries.q`, of its dtype if nothing had to be merged, else float32.
     """
     reads = [read for store in stores for read in _segments(queries, store, spec, q_sink)]
     single = len(reads) == 1 and sink_logits is None
@@ -60,7 +60,7 @@ def attend_stores(
 def _segments(
     queries: Queries, store: Store, spec: LayerSpec, q_sink: jax.Array | None
 ) -> Iterator[tuple[Queries, Pages, Segment, Rule]]:
-    """The segments of a store, and who reads them by which rule."""
+    """The segments of a store, each with the queries that read it and their rule."""
     span, tables, pages = store.spec.span, store.tables, store.pages
     stop = queries.start + queries.lens
     start = span.first_page(queries.start) * span.page_size
@@ -70,8 +70,8 @@ def _segments(
     if q_sink is None:
         yield queries, pages, Segment(tables.ring, start, stop, tables.sinks), span.rule
         return
-    # The sink tokens, and only they, see the re-rotated query; others that share their last page
-    # are ordinary tokens of the window.
+    # Only the sink tokens are read by the re-rotated query; other tokens in their last page are
+    # ordinary tokens of the window.
     run_rule = dataclasses.replace(span.rule, sink_tokens=0)
     yield queries, pages, Segment(tables.ring, start, stop), run_rule
     border = jnp.minimum(stop, spec.sink_tokens)

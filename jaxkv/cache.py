@@ -20,19 +20,19 @@ from pallas_kernels.backends import Backend
 from pallas_kernels.segment import Queries
 from pallas_kernels.shapes import bind_dims
 
-Layer = int | tuple[int, int | jax.Array]  # number, or (group, index in the group)
+Layer = int | tuple[int, int | jax.Array]  # number of the layer, or (group, index in the group)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KVCache:
-    """Keys and values of `config.batch` sequences in pages; see the module's docstring."""
+    """Keys and values of `config.batch` sequences, in pages; the module's docstring has its use."""
 
     stores: tuple[Store, ...]  # as `config.stores` describes them
     lengths: jax.Array  # i32[batch], committed tokens
-    pending: jax.Array  # i32[batch], tokens prepared and not committed
-    starved: jax.Array  # bool[batch], the last prepare or fork found no page for this sequence
-    too_long: jax.Array  # bool[batch], the last prepare asked for more than a table can hold
+    pending: jax.Array  # i32[batch], tokens prepared and not yet committed
+    starved: jax.Array  # bool[batch], whether the last prepare or fork lacked pages for it
+    too_long: jax.Array  # bool[batch], whether the last prepare asked for too many tokens
     config: CacheConfig = dataclasses.field(metadata=dict(static=True))
 
     @classmethod
@@ -42,15 +42,15 @@ class KVCache:
         """Allocates an empty cache; `jaxkv.plan(config)` tells its bytes beforehand.
 
         Args:
-          config: what to keep.
-          key_means: `[kv_heads, head_dim]` for each layer, means of its rotated (RoPE) keys, for
-            codecs with `key_mean="static"`; `jaxkv.fit_key_means` makes them.
+          config: static description of the cache.
+          key_means: `[kv_heads, head_dim]` for each layer, means of its keys after RoPE, for codecs
+            with `key_mean="static"`; `jaxkv.fit_key_means` makes them.
 
         Raises:
-          ValueError: the configuration can't be; names the value.
+          ValueError: the configuration is not valid, or key means are missing or misshapen.
         """
         config = config.checked()
-        # Each array its own: a buffer that stands twice in a donated state is refused.
+        # No array is used twice: JAX refuses to donate a state that holds the same buffer twice.
         return cls(
             stores=tuple(
                 create_store(store, config.batch, mean)
@@ -70,13 +70,13 @@ class KVCache:
     def prepare(self, new_tokens: jax.Array) -> "KVCache":
         """Reserves pages for the next `new_tokens` of each sequence, in every group.
 
-        Served in batch order: from the first sequence that does not fit in some group, later
-        ones that need pages starve, those that need none pass. A starved sequence gets nothing
-        in any group, writes nowhere and commits 0; likewise one that asks for more than
-        `max_new_tokens`, or would outgrow `max_tokens` (`too_long`).
+        Sequences are served in batch order. From the first one that does not fit in some group
+        on, all that need pages starve (`starved`); those that need none go on. A starved sequence
+        gets no page in any group, writes nothing and commits 0 tokens. The same holds for one that
+        asks for more than `max_new_tokens` or would outgrow `max_tokens` (`too_long`).
 
         Args:
-          new_tokens: `i32[batch]`; 0 or less leaves a sequence out of the step. The step before
+          new_tokens: `i32[batch]`; 0 or less leaves a sequence out of the step. The previous step
             must have been committed.
         """
         bind_dims(lengths=(self.lengths, "batch"), new_tokens=(new_tokens, "batch"))
@@ -115,28 +115,28 @@ class KVCache:
     ) -> tuple["KVCache", jax.Array]:
         """Writes the prepared tokens' keys and values, and attends their queries.
 
-        Row `t` of a sequence is its token at position `lengths + t`; rows past `pending` are
-        padding: nothing of them is kept, their output is 0.
+        Row `t` of a sequence is its token at position `lengths + t`. Rows past `pending` are
+        padding: they are not kept, and their output is 0.
 
         Args:
-          layer: number, or `(group, index)` as `config.locate` gives it; the index may be traced.
+          layer: its number, or `(group, index)` from `config.locate`; the index may be traced.
           q: `[batch, tokens, q_heads, head_dim]`, rotated.
           k: `[batch, tokens, kv_heads, head_dim]`, rotated.
           v: like `k`.
-          scale: of scores; None for `head_dim ** -0.5`.
-          soft_cap: bound on scores (Gemma 2).
+          scale: factor of scores; None for `head_dim ** -0.5`.
+          soft_cap: bound on scores, `soft_cap * tanh(s / soft_cap)` (Gemma 2); None for none.
           sink_logits: `[q_heads]`, learned sink, joins the softmax denominator only (gpt-oss).
-          q_sink: like `q`, rotated for `min(position, sink_tokens + window - 1)`: attends the
-            first `sink_tokens` keys. Needed iff the layer has `sink_positions="cache"`.
-          backend: of the attention; None picks by platform (`jaxkv.explain` tells).
+          q_sink: like `q`, rotated for position `min(position, sink_tokens + window - 1)`; it
+            attends the first `sink_tokens` keys. Needed iff the layer has `sink_positions="cache"`.
+          backend: backend of the attention; None picks by platform (`jaxkv.explain` says which).
 
         Returns:
           The new cache, and attention shaped and typed like `q`.
 
         Raises:
-          ValueError: shapes disagree, more rows than `max_new_tokens`, or `q_sink` missing or
-            not wanted.
-          NotImplementedError: the named backend does not serve this.
+          ValueError: shapes disagree, there are more rows than `max_new_tokens`, or `q_sink` is
+            missing or not wanted.
+          NotImplementedError: the named backend does not serve this call.
         """
         number, index = layer if isinstance(layer, tuple) else self.config.locate(layer)
         group = self.config.groups[number]
@@ -182,10 +182,10 @@ class KVCache:
         """Keeps the first `accepted` of the prepared tokens and drops the rest (roll-back).
 
         Frees pages that held only dropped tokens, and pages that fell out of a window. With a lossy
-        codec, pages that leave the recent span are quantized, unless `attend` had to do it.
+        codec, pages that leave the recent span are quantized, unless `attend` has done so.
 
         Args:
-          accepted: `i32[batch]`; more than was prepared counts as all of it.
+          accepted: `i32[batch]`; more than was prepared counts as all prepared tokens.
         """
         bind_dims(lengths=(self.lengths, "batch"), accepted=(accepted, "batch"))
         lengths = self.lengths + jnp.clip(accepted, 0, self.pending)
@@ -201,7 +201,7 @@ class KVCache:
         )
 
     def free(self, mask: jax.Array) -> "KVCache":
-        """Ends the sequences of `mask`, `bool[batch]`: their references go, their length is 0."""
+        """Ends the sequences of `mask`, `bool[batch]`: releases their pages; their length is 0."""
         bind_dims(lengths=(self.lengths, "batch"), mask=(mask, "batch"))
         return dataclasses.replace(
             self,
@@ -215,12 +215,12 @@ class KVCache:
     def fork(self, src: jax.Array | int, dst: jax.Array | int) -> "KVCache":
         """Makes sequence `dst` a copy of `src`: full pages are shared, the unfinished one copied.
 
-        What `dst` held is released first. Where no page is left for the copy, `dst` ends up empty
-        and `starved`. Only between steps. `src == dst` does nothing.
+        The pages of `dst` are released first. If no page is left for the copy, `dst` ends up empty
+        and `starved`. Call it only between steps. `src == dst` does nothing.
 
         Args:
           src: `i32[n]` or an int, sequences to copy, as they are before the call.
-          dst: like `src`, all different; only those below `batch` are looked at.
+          dst: like `src`, all different; entries outside `0 <= dst < batch` are ignored.
         """
         src, dst = (jnp.atleast_1d(jnp.asarray(x, jnp.int32)) for x in (src, dst))
         bind_dims(src=(src, "forks"), dst=(dst, "forks"))
@@ -235,7 +235,7 @@ class KVCache:
         stores, forks, blocked = [], [], jnp.zeros_like(copies)
         for store in self.stores:
             source = jax.tree.map(lambda table: table[src], store.tables)
-            # Where only complete pages live, there is no unfinished one.
+            # A store of complete pages only has no unfinished one.
             here = copies & store.spec.span.takes_tokens(last)[:, 0]
             page = jnp.where(here[:, None], look_up(source, last), NULL_PAGE)
             held = entries(source)
@@ -265,7 +265,7 @@ class KVCache:
 
     @property
     def page_bytes(self) -> list[int]:
-        """Bytes of one page of each store, over all the layers that share it."""
+        """Bytes of one page of each store, summed over the layers that share it."""
         return [store.page_bytes for store in self.stores]
 
     @property
@@ -277,7 +277,7 @@ class KVCache:
 def _static_means(
     config: CacheConfig, key_means: Sequence[jax.Array] | None
 ) -> list[jax.Array | None]:
-    """For each store the means that its codec removes, `f16[layers, 1, kv_heads, head_dim]`."""
+    """The static means of each store, `f16[layers, 1, kv_heads, head_dim]`; None without them."""
     means: list[jax.Array | None] = [None] * len(config.stores)
     for group in config.groups:
         if group.spec.kv_codec.key_mean == "static":
@@ -286,7 +286,7 @@ def _static_means(
 
 
 def _stored_means(group: LayerGroup, key_means: Sequence[jax.Array] | None) -> jax.Array:
-    """A group's means in the space of the codes."""
+    """A group's means as stored: rotated, float16."""
     shape, codec = (group.spec.kv_heads, group.spec.head_dim), group.spec.kv_codec
     if key_means is None:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""KV codecs: what a token's key and value become when a cache stores them in few bits."""
+"""KV codecs, and the page layouts that pack their codes: the public names."""
 
 from pallas_kernels.codecs.affine import Float8, Int8, MinMax
 from pallas_kernels.codecs.codebooks import Codebook, gaussian_mse, get_codebook

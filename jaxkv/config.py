@@ -1,4 +1,4 @@
-"""What a whole cache is made of: its layers, grouped by what they keep, and their stores."""
+"""Static description of a whole cache: its layers, grouped by what they keep, and their stores."""
 
 import dataclasses
 import functools
@@ -22,17 +22,17 @@ MOST_PAGES = 2**31 - 1  # page ids are int32
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerGroup:
-    """Layers that share page tables and allocators because they keep the same things.
+    """Layers that share page tables and allocators because they keep the same tokens.
 
-    An exact codec has one store. A lossy one has a store of codes, after an exact one for the
-    newest pages and the sink pages unless it keeps none exact.
+    With an exact codec a group has one store. With a lossy one it has a store of codes, preceded by
+    an exact store for the newest pages and the sink pages, if the codec keeps any exact.
     """
 
     spec: LayerSpec
-    layers: tuple[int, ...]
-    sink_pages: int
-    stores: tuple[int, ...]  # numbers among the cache's, the one with most of the pages last
-    page_size: int
+    layers: tuple[int, ...]  # numbers of the layers
+    sink_pages: int  # pages per sequence that are pinned for its first tokens
+    stores: tuple[int, ...]  # numbers of the group's stores in the cache, the main one last
+    page_size: int  # tokens per page
 
     @property
     def coded(self) -> bool:
@@ -41,7 +41,7 @@ class LayerGroup:
 
     @property
     def bits_per_value(self) -> float:
-        """Stored bits per cached number: of the codes, or of an exact layer's dtype."""
+        """Stored bits per cached number in the main store, which holds codes or exact values."""
         if not self.coded:
             return 8.0 * jnp.dtype(self.spec.dtype).itemsize
         return self.spec.kv_codec.bits_per_value(self.spec.head_dim, self.page_size)
@@ -53,14 +53,14 @@ class CacheConfig:
 
     Attributes:
       layers: one spec per layer, in model order.
-      batch: sequences held side by side.
-      max_tokens: longest sequence; None (no end) where every layer has a window.
+      batch: number of sequences held side by side.
+      max_tokens: most tokens of a sequence; None for no limit, if every layer has a window.
       max_new_tokens: most tokens one step may add to a sequence (prefill chunk, drafts).
       page_size: tokens per page.
-      pages: cap on each pool, the null page included; None reserves for the worst case. With
-        fewer, sequences share what there is and may starve (`KVCache.starved`).
-      platform: whose kernels coded pages are laid out for, "cpu", "gpu" or "tpu"; None for JAX's
-        default.
+      pages: cap on the pages of each pool, the null page included; None reserves for the worst
+        case. With fewer, sequences share the pages there are and may starve (`KVCache.starved`).
+      platform: the platform whose kernels read the pages of codes, "cpu", "gpu" or "tpu"; None for
+        JAX's default.
     """
 
     layers: tuple[LayerSpec, ...]
@@ -72,7 +72,7 @@ class CacheConfig:
     platform: str | None = None
 
     def checked(self) -> "CacheConfig":
-        """Returns itself with the platform named; raises ValueError naming what can't be."""
+        """Returns itself with the platform filled in; raises ValueError naming a bad value."""
         if not isinstance(self.layers, tuple):
             raise ValueError(f"layers must be a tuple, not {type(self.layers).__name__}.")
         if not self.layers:
@@ -137,7 +137,7 @@ class CacheConfig:
         return tuple(groups), tuple(stores)
 
     def effective(self, spec: LayerSpec) -> LayerSpec:
-        """The spec that a layer gets: exact where its window lies within the recent pages."""
+        """The spec that a layer gets: exact if its window lies within the codec's recent pages."""
         codec = spec.kv_codec
         recent = codec.recent_pages * self.page_size
         if not codec.lossy or (spec.window is not None and spec.window <= recent):
@@ -145,11 +145,11 @@ class CacheConfig:
         return spec
 
     def _sink_pages(self, spec: LayerSpec) -> int:
-        """Pages that are pinned for the first tokens of each sequence."""
+        """Pages per sequence that are pinned for its first tokens."""
         codec = spec.kv_codec
         if codec.lossy:
             sink_tokens = max(spec.sink_tokens, codec.sink_tokens)
-        else:  # without a window every token stays anyway
+        else:  # without a window every token stays, so none has to be pinned
             sink_tokens = 0 if spec.window is None else spec.sink_tokens
         sink_pages = cdiv(sink_tokens, self.page_size)
         if self.max_tokens is None:
@@ -159,7 +159,7 @@ class CacheConfig:
     def _stores(
         self, spec: LayerSpec, sink_pages: int, *, layers: int, before: int
     ) -> list[StoreSpec]:
-        """The stores of a group; `before` counts those of the groups before it."""
+        """The stores of a group; `before` is the number of stores of earlier groups."""
         codec, size = spec.kv_codec, self.page_size
         make = functools.partial(self._store, layers=layers, kv_heads=spec.kv_heads)
         span = functools.partial(PageSpan, page_size=size, first=sink_pages)
@@ -174,7 +174,7 @@ class CacheConfig:
         older = Rule(window=spec.window, lag=PageLag(size, recent) if recent else None)
         layout = default_layout(
             codec,
-            # TPUs have no kernel for codes: plain JAX reads the CPU's layout there, too.
+            # There is no TPU kernel: plain JAX runs on TPUs and reads the CPU's layout there, too.
             platform="gpu" if self.platform == "gpu" else "cpu",
             kv_heads=spec.kv_heads,
             head_dim=spec.head_dim,
@@ -187,9 +187,9 @@ class CacheConfig:
     def _store(
         self, span: PageSpan, fill: Fill, layout: PageLayout, *, layers: int, kv_heads: int
     ) -> StoreSpec:
-        """Sizes a store."""
+        """Describes a store, with the sizes of its ring table and its pool."""
         width = span.width(self.max_new_tokens, self.max_tokens)
-        ring = 0 if span.sinks_only else width  # sinks alone: the ring's one slot stays null
+        ring = 0 if span.sinks_only else width  # with sinks alone, the ring's one slot stays null
         pages = 1 + self.batch * (ring + span.sink_pages)
         return StoreSpec(
             span=span,
@@ -202,7 +202,7 @@ class CacheConfig:
         )
 
     def locate(self, layer: int) -> tuple[int, int]:
-        """Returns `(group, index in the group)` of a layer."""
+        """Returns `(group, index in the group)` of a layer; raises ValueError if there is none."""
         for number, group in enumerate(self.groups):
             if layer in group.layers:
                 return number, group.layers.index(layer)

@@ -1,4 +1,4 @@
-"""Says which code serves which layer, and what each group of layers stores."""
+"""Tells which backends serve each group of layers, and how the group stores its tokens."""
 
 import dataclasses
 import functools
@@ -15,29 +15,29 @@ from pallas_kernels import quantize_pages, write_pages
 from pallas_kernels.backends import Backend
 from pallas_kernels.paged_attention import choose
 
-PREFILL_TOKENS = 64  # stands for a chunk of a prompt
+PREFILL_TOKENS = 64  # query tokens of the call that represents a chunk of a prompt
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GroupReport:
-    """One layer group: what it keeps, and who reads and writes it."""
+    """One layer group: what it keeps, and which backends read and write it."""
 
-    layers: tuple[int, ...]
-    window: int | None
+    layers: tuple[int, ...]  # numbers of the layers
+    window: int | None  # tokens
     sink_tokens: int
-    sink_positions: str
-    codec: str
-    dtype: str  # of what is kept exactly
-    bits_per_value: float  # keys and values averaged, factors and means included
+    sink_positions: str  # "original" or "cache"
+    codec: str  # name
+    dtype: str  # float type of exact pages
+    bits_per_value: float  # averaged over keys and values, factors and means included
     recent_pages: int  # newest pages that are read exactly; 0 with an exact codec
-    exact_sink_pages: int  # first pages that are; 0 with an exact codec
-    note: str  # why the codec is not the one that was asked for
-    pages: int
-    bytes: int
-    attention: Backend  # of decode steps
-    prefill: Backend  # attention of chunks
-    write: Backend
-    quantize: Backend | None
+    exact_sink_pages: int  # first pages that are read exactly; 0 with an exact codec
+    note: str  # why the codec is not the one that was asked for; "" if it is
+    pages: int  # pages of all pools of the group
+    bytes: int  # bytes of all arrays of the group
+    attention: Backend  # attends in decode steps
+    prefill: Backend  # attends chunks of prompts
+    write: Backend  # writes new tokens
+    quantize: Backend | None  # turns pages into codes; None without codes
 
     def __str__(self) -> str:
         numbers = self.layers
@@ -68,15 +68,18 @@ class GroupReport:
 def explain(
     config: CacheConfig, *, backend: Backend | None = None, platform: str | None = None
 ) -> list[GroupReport]:
-    """Tells what `KVCache.attend` will run for each layer group, without running it.
+    """Tells which backends `KVCache.attend` will use for each layer group, without running it.
 
     Args:
-      config: of the cache.
-      backend: as given to `attend`.
-      platform: "cpu", "gpu" or "tpu"; None for JAX's default.
+      config: the cache's configuration.
+      backend: the backend that will be passed to `attend`.
+      platform: "cpu", "gpu" or "tpu"; None for the configuration's, or JAX's default.
+
+    Returns:
+      One report per group of layers; printed, each is one line.
 
     Raises:
-      ValueError: the configuration can't be.
+      ValueError: the configuration is not valid.
       NotImplementedError: the named backend does not serve it.
     """
     config = dataclasses.replace(config, platform=platform or config.platform).checked()
@@ -114,9 +117,9 @@ def explain(
 def _serving(
     stores: list[Store], *, q_tokens: int, backend: Backend | None, platform: str | None
 ) -> Backend:
-    """Who attends a group; where its stores differ, who attends the codes.
+    """The backend that attends a group; if it has two stores, the one that attends the codes.
 
-    How many query heads share a kv head is the model's affair: one is assumed.
+    One query head per kv head is assumed: a cache does not know how many the model has.
     """
     pages = stores[-1].pages
     heads = pages.dims["kv_heads"]
@@ -124,19 +127,19 @@ def _serving(
 
 
 def _writing(stores: list[Store], platform: str | None) -> Backend:
-    """Who stores new tokens; where both stores take them, who stores codes."""
+    """The backend that writes new tokens; if both stores take them, the one that writes codes."""
     written = [store.pages for store in stores if isinstance(store.spec.fill, TokenFill)]
     return write_pages.choose(None, written[-1], platform=platform)
 
 
 def _quantizing(stores: list[Store], platform: str | None) -> Backend | None:
-    """Who turns exact pages into codes, or writes codes; None where there are no codes."""
+    """The backend that turns exact pages into codes; None where there are no codes."""
     pages = stores[-1].pages
     return quantize_pages.choose(None, pages, platform=platform) if pages.coded else None
 
 
 def _note(config: CacheConfig, group: LayerGroup) -> str:
-    """Which lossy codecs were asked for in vain: their recent pages hold the whole window."""
+    """Names lossy codecs that were asked for but not used: exact pages hold the whole window."""
     asked = {config.layers[layer].kv_codec for layer in group.layers}
     vain = [c for c in sorted(asked, key=lambda c: c.name) if c.lossy and not group.coded]
     return "; ".join(

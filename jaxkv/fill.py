@@ -1,4 +1,4 @@
-"""The fills there are: tokens written as they come, and pages quantized from another store."""
+"""The two fills: tokens written as they come, and pages quantized from another store."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -15,14 +15,14 @@ from pallas_kernels.write_pages import write_pages
 
 @dataclasses.dataclass(frozen=True)
 class TokenFill:
-    """New tokens are written as they come, exactly or as codes, as the layout stores them."""
+    """New tokens are written as they come; the layout decides whether exactly or as codes."""
 
     writes_at_commit = False
 
     def attend(
         self, stores: Sequence[Store], own: int, layer: int | jax.Array, new: NewTokens
     ) -> Store:
-        """Stores the new tokens that belong here at their positions."""
+        """Writes the new tokens that belong in this store at their positions."""
         store, span = stores[own], stores[own].spec.span
         row = jnp.arange(new.k.shape[1], dtype=jnp.int32)[None]
         position = new.lengths[:, None] + row
@@ -39,7 +39,7 @@ class TokenFill:
         return dataclasses.replace(store, pages=pages)
 
     def commit(self, stores: Sequence[Store], own: int, step: Committed) -> Store:
-        """Leaves the store as it is: its tokens have been written."""
+        """Returns the store unchanged: its tokens have been written."""
         del step
         return stores[own]
 
@@ -49,7 +49,7 @@ class PageFill:
     """Complete pages of another store are quantized when they leave its recent span.
 
     Attributes:
-      source: number of that store among the cache's, below this store's own.
+      source: number of that store in the cache, below this store's own.
     """
 
     source: int
@@ -59,10 +59,10 @@ class PageFill:
     def attend(
         self, stores: Sequence[Store], own: int, layer: int | jax.Array, new: NewTokens
     ) -> Store:
-        """Quantizes, in one layer, pages that a query of this very step reads as codes.
+        """Quantizes, in one layer, pages that a query of this step reads as codes.
 
-        They are complete in the step, so their codes are final if it is accepted. Pages of rejected
-        tokens are quantized again when they are really complete.
+        They are complete in this step, so their codes are final if its tokens are accepted. Pages
+        of rejected tokens are quantized again when accepted tokens complete them.
         """
         span = stores[own].spec.span
         most = cdiv(new.k.shape[1] - 1, span.page_size)
@@ -77,7 +77,7 @@ class PageFill:
         """Quantizes, in all layers, the page that only queries of the next step read as codes."""
         store, span = stores[own], stores[own].spec.span
         assert store.reads is not None and span.rule.lag is not None
-        newest = (step.lengths + step.pending - 1) // span.page_size  # of the step's last query
+        newest = (step.lengths + step.pending - 1) // span.page_size  # page of the last query
         page = step.new_lengths // span.page_size
         leaves = (step.new_lengths > step.lengths) & (page > newest) & (store.reads > 0)
         logical = (page - span.rule.lag.least)[:, None]

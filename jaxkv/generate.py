@@ -26,7 +26,7 @@ from jaxkv.steps import (
 from pallas_kernels.backends import Backend
 from pallas_kernels.shapes import cdiv
 
-# Tables and prompts are rounded up to multiples of this: near lengths share a compiled program.
+# Tables and prompts are rounded up to multiples of this, so near lengths share compiled programs.
 TABLE_STEP = 256
 SEEDS = 2**32  # seeds are u32
 
@@ -36,15 +36,14 @@ class Sizes:
     """Sizes of the pieces that generation works in: they trade memory, speed and latency.
 
     Attributes:
-      page_size: tokens per page. A lossy codec counts what it keeps exact in pages, so with one
-        the page size also decides how many tokens that is.
-      pages: cap on each pool of the cache, the null page included; None reserves for the worst
-        case. With fewer, sequences share what there is, wait for pages, and end as "no_pages" if
-        none can go on.
-      chunk: most prompt tokens per sequence and step; None for 256, on a GPU or TPU up to 1024
-        where prompts are few and `pages` is None: long chunks fill the chip better and take more
-        pages of windowed layers.
-      block: decode steps between two looks of the host (`on_tokens`).
+      page_size: tokens per page. A lossy codec keeps a number of whole pages exact, so the page
+        size also decides how many tokens stay exact.
+      pages: cap on the pages of each pool of the cache, the null page included; None reserves for
+        the worst case. With fewer, sequences share the pages there are and wait for free ones; if
+        none can go on, they end as "no_pages".
+      chunk: most prompt tokens per sequence and step; None for `default_chunk`. Long chunks fill
+        the chip better and take more pages of windowed layers.
+      block: decode steps per call of the host, which then reports tokens (`on_tokens`).
     """
 
     page_size: int = 64
@@ -63,18 +62,18 @@ class Sizes:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Generation:
-    """What `generate` returns; lists have one entry per prompt."""
+    """The result of `generate`; lists have one entry per prompt."""
 
-    tokens: list[list[int]]  # generated ones, a stop token included
+    tokens: list[list[int]]  # generated tokens, a stop token included
     stop_reasons: list[str]  # "stop", "length" or "no_pages"
     compile_seconds: float
     prefill_seconds: float
     decode_seconds: float
     decode_steps: int
-    prompt_tokens: int  # of all prompts
-    bytes_peak: int  # of the pages in use when most were
-    bytes_reserved: int
-    config: CacheConfig
+    prompt_tokens: int  # tokens of all prompts
+    bytes_peak: int  # bytes of the most pages in use at a time, each store's peak summed
+    bytes_reserved: int  # bytes of the whole cache
+    config: CacheConfig  # configuration of the cache
 
     @property
     def prefill_speed(self) -> float:
@@ -83,7 +82,7 @@ class Generation:
 
     @property
     def decode_speed(self) -> float:
-        """Tokens per second of all sequences, without each one's first, which prefill made."""
+        """Tokens of all sequences per second, without each one's first, which prefill samples."""
         decoded = sum(len(t) for t in self.tokens) - len(self.tokens)
         return max(decoded, 0) / max(self.decode_seconds, 1e-9)
 
@@ -105,9 +104,10 @@ def generate(
 ) -> Generation:
     """Generates a continuation of every prompt, side by side.
 
-    A prompt's tokens do not depend on what else is in the batch, nor on its row: greedy ones follow
-    from the prompt, sampled ones from the prompt and its seed. On a GPU or TPU rounding can still
-    change a token, because the shapes of products and the default `chunk` follow the batch.
+    A prompt's tokens do not depend on the other prompts, nor on its row in the batch: greedy tokens
+    follow from the prompt, sampled ones from the prompt and its seed. On a GPU or TPU rounding can
+    still change a token, because the shapes of products and the default `chunk` depend on the
+    batch.
 
     Args:
       model: `models.load(...)`, or anything that `Model` describes.
@@ -115,18 +115,23 @@ def generate(
       keep: which tokens the cache keeps and how it stores them.
       max_tokens: most tokens of each continuation.
       sampling: how tokens are drawn; None or `Sampling()` is greedy.
-      seed: of the draws, below 2**32. A sequence has one seed per prompt; an int `s` gives prompt
-        `i` the seed `s + i` (modulo 2**32), so that equal prompts continue differently.
+      seed: seeds of the draws, below 2**32, one per prompt; an int `s` gives prompt `i` the seed
+        `s + i` (modulo 2**32), so that equal prompts continue differently.
       stop_ids: tokens that end a sequence (they are part of the output); None for the model's.
-      key_means: of every layer, for a codec with `key_mean="static"`, see `fit_key_means`.
-      sizes: of pages, chunks and blocks.
-      backend: of the attention; None picks by platform.
+      key_means: `[kv_heads, head_dim]` for every layer, for a codec with `key_mean="static"`; see
+        `fit_key_means`.
+      sizes: sizes of pages, chunks and blocks.
+      backend: backend of the attention; None picks by platform.
       on_tokens: called after each block with every sequence's new tokens.
-      on_prefill: called after each chunk with (prompt tokens done, of how many).
+      on_prefill: called after each chunk with the prompt tokens done and their total.
+
+    Returns:
+      Tokens and stop reasons of every prompt, with times and bytes.
 
     Raises:
-      ValueError: an empty prompt or a token out of range, a bad option, prompts that do not fit
+      ValueError: an empty prompt or a token out of range, a bad option, or prompts that do not fit
         the model's trained context or the pages.
+      NotImplementedError: the named backend does not serve the model's attention.
     """
     lens = _checked_lengths(model, prompts, max_tokens, keep)
     requests = Requests(
@@ -166,7 +171,7 @@ def _checked_lengths(
 
 
 def prompt_seeds(seed: int | Sequence[int], prompts: int) -> list[int]:
-    """One seed per prompt: those given, or counted up from an int (modulo 2**32).
+    """One seed per prompt: the given ones, or counted up from an int (modulo 2**32).
 
     Raises:
       ValueError: a seed is out of range, or there are not as many as prompts.
@@ -190,7 +195,7 @@ def _same_for_all(stop_ids: Sequence[int], batch: int) -> jax.Array:
 def _cache_config(
     model: Model, keep: Keep, sizes: Sizes, lens: list[int], max_tokens: int
 ) -> CacheConfig:
-    """A cache for prompts of `lens` tokens and `max_tokens` more; steps take up to a chunk."""
+    """Configures a cache for prompts of `lens` tokens, each continued by up to `max_tokens`."""
     chunk = sizes.chunk or default_chunk(len(lens), sizes.pages, jax.default_backend())
     return CacheConfig(
         layers=model.layer_specs(keep),
@@ -203,9 +208,10 @@ def _cache_config(
 
 
 def default_chunk(prompts: int, pages: int | None, platform: str) -> int:
-    """Prompt tokens of a step: on a GPU or TPU enough for about 1024 of all prompts, else 256.
+    """Most prompt tokens per sequence and step, at least 256.
 
-    A longer chunk needs more pages of windowed layers than a caller's cap (`pages`) may leave.
+    On a GPU or TPU it is more for fewer than 4 prompts: about 1024 tokens of all prompts together.
+    With a cap on pages (`pages`) it stays 256, as longer chunks need more pages of windowed layers.
     """
     if platform == "cpu" or pages is not None:
         return 256
@@ -259,7 +265,7 @@ def _run(
 
 @contextlib.contextmanager
 def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
-    """Stores under `name` how many seconds the body takes."""
+    """Stores the seconds that the body takes under `name`."""
     began = time.perf_counter()
     yield
     seconds[name] = time.perf_counter() - began
@@ -282,7 +288,7 @@ def _compile(
     block: int,
     backend: Backend | None,
 ) -> None:
-    """Compiles what `generate` will call, to tell its time apart; JAX keeps the programs."""
+    """Compiles the steps of `generate`, to time this separately; JAX keeps the programs."""
     shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
     abstract, batch = jax.tree.map(shape, cache), cache.config.batch
     last, lens = shape(_no_hidden(model, batch)), jax.ShapeDtypeStruct((batch,), jnp.int32)
@@ -314,8 +320,8 @@ def _prefill(
         step += 1
         unread.append((used, fed))
         # The host reads each result one chunk late, so that the device is never idle. Once enough
-        # chunks have run to hold the longest prompt it reads at once: the prompts are done, or
-        # sequences are left that wait for pages, perhaps for ever.
+        # chunks have run for the longest prompt it reads at once: the prompts are done, or some
+        # sequences wait for pages, perhaps for ever.
         late = 1 if step * chunk < max(lens) else 0
         while len(unread) > late:
             used, fed = unread.pop(0)
@@ -333,5 +339,5 @@ def _prefill(
 
 
 def _no_hidden(model: Model, batch: int) -> jax.Array:
-    """Room for each prompt's last hidden state."""
+    """Zeros in place of each prompt's last hidden state."""
     return jnp.zeros((batch, model.hidden_size), model.dtype)

@@ -34,7 +34,7 @@ class Keep:
     dtype: str | None = None
 
     def apply(self, layers: Sequence[LayerSpec]) -> tuple[LayerSpec, ...]:
-        """Returns the layers of a model as the cache is to keep them.
+        """Returns the specs of a model's layers, changed to keep what this value describes.
 
         Args:
           layers: one spec per layer with the model's heads, windows and float type.
@@ -65,5 +65,5 @@ class Keep:
 
 
 def _smaller(a: int | None, b: int | None) -> int | None:
-    """The smaller of two windows; None is no window."""
+    """The smaller of two windows; None stands for no window."""
     return min((window for window in (a, b) if window is not None), default=None)

@@ -14,15 +14,15 @@ from jaxkv.page_tables import look_up
 
 
 def fit_key_means(model: Model, tokens: Sequence[int], *, chunk: int = 256) -> list[np.ndarray]:
-    """Means of each layer's keys, RoPE included, over a text.
+    """Means of each layer's keys, after RoPE, over a text.
 
-    Runs the text through an exact cache and averages what it holds. The first token is left out:
-    its key is far from all others (an attention sink), and stays exact under every recipe.
+    Runs the text through an exact cache and averages its keys. The first token is left out: its key
+    is far from all others (an attention sink), and every recipe keeps it exact.
 
     Args:
       model: `models.load(...)`, or anything that `Model` describes.
-      tokens: of a text unlike what will be scored, a few hundred at least.
-      chunk: tokens of a step.
+      tokens: token ids of a text, a few hundred at least; not one that will be scored.
+      chunk: tokens per step.
 
     Returns:
       `f32[kv_heads, head_dim]` for each layer: `key_means` of `KVCache.create` and `generate`.
@@ -45,7 +45,7 @@ def fit_key_means(model: Model, tokens: Sequence[int], *, chunk: int = 256) -> l
 
 @jax.jit
 def _add_chunk(model: Model, tokens, count, cache: KVCache, sums):
-    """Runs a chunk and adds its keys, the text's first aside, to each layer's sum."""
+    """Runs a chunk and adds its keys to each layer's sum, except the text's first."""
     position = cache.positions(tokens.shape[1])
     _, cache = model(tokens, cache.prepare(count), backend=None)
     counts = (position > 0) & (position < cache.lengths[:, None] + cache.pending[:, None])

@@ -1,4 +1,4 @@
-"""What generation needs of a model; `models.Decoder` is one, any pytree that has the same works."""
+"""The interface of a model that `generate` can run: `models.Decoder` has it, others may as well."""
 
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
@@ -16,12 +16,12 @@ from pallas_kernels.backends import Backend
 class Model(Protocol):
     """A decoder that attends through a `KVCache`: a pytree of weights, passed to jitted steps.
 
-    `generate` uses all of it, `fit_key_means` only `layer_specs` and the call.
+    `generate` uses all members, `fit_key_means` only `layer_specs` and the call.
     """
 
     @property
     def vocab_size(self) -> int:
-        """Number of tokens: prompts have ids below it."""
+        """Number of different tokens: ids are below it."""
         ...
 
     @property
@@ -31,7 +31,7 @@ class Model(Protocol):
 
     @property
     def dtype(self) -> DTypeLike:
-        """Float type of these hidden states."""
+        """Float type of the hidden states that a call returns."""
         ...
 
     @property
@@ -45,7 +45,7 @@ class Model(Protocol):
         ...
 
     def layer_specs(self, keep: Keep) -> tuple[LayerSpec, ...]:
-        """Describes each layer to the cache: `keep.apply` of the model's own layers."""
+        """Describes each layer to the cache: returns `keep.apply(the model's own layers)`."""
         ...
 
     def __call__(
@@ -54,7 +54,7 @@ class Model(Protocol):
         """Runs the prepared tokens of each sequence; every layer calls `cache.attend` once.
 
         Args:
-          tokens: `i32[batch, tokens]`; row `b` has `cache.pending[b]` tokens, padding behind.
+          tokens: `i32[batch, tokens]`; row `b` has `cache.pending[b]` tokens, then padding.
           cache: prepared; the caller commits it.
           backend: passed on to `cache.attend`.
 

@@ -1,8 +1,8 @@
-"""Where the ids of a sequence's pages stand in its tables.
+"""Tables that map a sequence's logical pages to page ids.
 
-Logical page `g` holds positions `g * page_size` and on. The first `sink_pages` of them stand in
-the sink table; page `g` after them in slot `g % width` of a ring, so that a windowed sequence of
-any length needs O(window) slots. Entries of pages that are not alive are `NULL_PAGE`.
+Logical page `g` holds positions from `g * page_size` on. The ids of the first `sink_pages` logical
+pages are in the sink table. The id of a later page `g` is in slot `g % width` of a ring, so that a
+windowed sequence of any length needs O(window) slots. Entries that hold no page are `NULL_PAGE`.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ class PageTables:
 
 
 def create_tables(batch: int, *, width: int, sink_pages: int) -> PageTables:
-    """Returns tables that hold nothing."""
+    """Returns tables whose entries are all `NULL_PAGE`."""
     return PageTables(
         ring=jnp.full((batch, width), NULL_PAGE, jnp.int32),
         sinks=jnp.full((batch, sink_pages), NULL_PAGE, jnp.int32),
@@ -31,7 +31,7 @@ def create_tables(batch: int, *, width: int, sink_pages: int) -> PageTables:
 
 
 def look_up(tables: PageTables, logical: jax.Array) -> jax.Array:
-    """Page ids of `logical`, `i32[batch, n]`; the caller masks pages that are not alive."""
+    """Page ids of logical pages `i32[batch, n]`; the caller masks pages that are not in use."""
     ring = jnp.take_along_axis(tables.ring, logical % tables.ring.shape[1], axis=1)
     sink_pages = tables.sinks.shape[1]
     if sink_pages == 0:
@@ -41,7 +41,7 @@ def look_up(tables: PageTables, logical: jax.Array) -> jax.Array:
 
 
 def enter(tables: PageTables, logical: jax.Array, page: jax.Array, where: jax.Array) -> PageTables:
-    """Writes `page` as the id of `logical` where `where`; all `[batch, n]`."""
+    """Writes `page` as the id of logical page `logical` where `where`; all are `[batch, n]`."""
     batch, width = tables.ring.shape
     sink_pages = tables.sinks.shape[1]
     row = jnp.arange(batch, dtype=jnp.int32)[:, None]

@@ -12,17 +12,17 @@ from jaxkv.config import CacheConfig
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Bytes of a cache: each layer group's arrays, and the whole with the shared state."""
+    """Bytes of a cache."""
 
-    groups: tuple[int, ...]
-    total: int
+    groups: tuple[int, ...]  # bytes of each layer group's arrays
+    total: int  # bytes of the whole cache, state that groups share included
 
 
 def plan(config: CacheConfig) -> Plan:
     """Returns the bytes that `KVCache.create(config)` would allocate, exactly.
 
     Raises:
-      ValueError: the configuration can't be.
+      ValueError: the configuration is not valid.
     """
     means = [jnp.zeros((spec.kv_heads, spec.head_dim)) for spec in config.layers]
     abstract = jax.eval_shape(lambda: KVCache.create(config, key_means=means))

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-COLDEST = 1e-30  # greedy in effect; logits over a smaller temperature are infinite
+COLDEST = 1e-30  # least temperature: greedy in effect; a smaller one would make logits infinite
 
 
 @jax.tree_util.register_dataclass
@@ -14,7 +14,7 @@ class Sampling:
     """How to draw; `Sampling()` is greedy.
 
     None leaves a rule out of the compiled program; a number can change without compiling again.
-    Rules apply in the order of the fields, each on what the one before left.
+    Rules apply in the order of the fields, each to the tokens that the previous one kept.
 
     Attributes:
       temperature: logits are divided by it; None or 0 takes the largest logit.
@@ -42,15 +42,15 @@ class Sampling:
 
 
 def draw_keys(seeds: jax.Array, counts: jax.Array) -> jax.Array:
-    """Random keys of the next draws: each follows from a request's own seed and count alone.
+    """Random keys of the next draws: each depends only on a request's own seed and count.
 
     Args:
       seeds: `u32[batch]`.
-      counts: `i32[batch]`, tokens that each request has drawn.
+      counts: `i32[batch]`, tokens that each request has drawn so far.
 
     Returns:
-      `[batch]` keys. Threefry whatever JAX's default is: mapped over rows, other generators make a
-      row's bits depend on its place.
+      `[batch]` keys. They are threefry keys whatever JAX's default is: with other generators, the
+      bits of a row would depend on its place in the batch.
     """
     return jax.vmap(
         lambda seed, count: jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), count)
@@ -62,7 +62,7 @@ def sample(logits: jax.Array, sampling: Sampling, keys: jax.Array) -> jax.Array:
 
     Args:
       logits: `f32[batch, vocab]`.
-      sampling: checked.
+      sampling: how to draw, after `checked()`.
       keys: `[batch]` random keys, so that a row's draw does not depend on its neighbours.
 
     Returns:
@@ -86,7 +86,7 @@ def _threshold(logits: jax.Array, sampling: Sampling) -> jax.Array:
             ranked = jnp.where(rank < sampling.top_k, ranked, -jnp.inf)
         if sampling.top_p is not None:
             p = jax.nn.softmax(ranked, axis=-1)
-            before = jnp.cumsum(p, axis=-1) - p  # probability of all that is more likely
+            before = jnp.cumsum(p, axis=-1) - p  # probability of all more likely tokens
             ranked = jnp.where((before < sampling.top_p) | (rank == 0), ranked, -jnp.inf)
         kept = jnp.where(ranked == -jnp.inf, jnp.inf, ranked)
         least = jnp.min(kept, axis=-1, keepdims=True)

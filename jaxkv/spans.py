@@ -1,8 +1,8 @@
-"""Which pages of a sequence live in a store, by the sequence's length alone.
+"""Which pages of a sequence live in a store, as a function of the sequence's length alone.
 
-Logical page `g` holds entries `g * page_size` and on. Pages between `first_page` and `stop_page` of
-a length are alive. Preparing a step reserves up to the stop of the length that it may reach;
-committing releases pages outside the span of the length that it did reach.
+Logical page `g` holds entries from `g * page_size` on. At a given length, a store holds the pages
+`first_page <= g < stop_page`, and sink pages. Preparing a step reserves pages for the length that
+the step may reach; committing it releases pages outside the span of the length that it did reach.
 """
 
 import dataclasses
@@ -18,11 +18,11 @@ from pallas_kernels.shapes import cdiv
 class PageSpan:
     """The span of one store: pinned sink pages, and a run of pages behind them."""
 
-    page_size: int
+    page_size: int  # entries per page
     rule: Rule  # which keys of this store a query reads
     first: int  # first logical page of the run: the layer's sink pages come before it
-    sink_pages: int  # first pages that this store keeps until the sequence is freed
-    complete: bool = False  # pages enter when they are complete, as far back as the lag says
+    sink_pages: int  # number of first pages that this store keeps until the sequence is freed
+    complete: bool = False  # whether pages enter only complete, once they lie behind the lag
 
     @property
     def sinks_only(self) -> bool:
@@ -42,7 +42,7 @@ class PageSpan:
         return first if seen is None else jnp.maximum(first, seen)
 
     def stop_page(self, lengths: jax.Array) -> jax.Array:
-        """One past the newest page that stands here once `lengths` tokens are committed."""
+        """One past the newest page of this store once `lengths` tokens are committed."""
         if self.complete:
             lag = self.rule.lag
             stop = lengths // self.page_size if lag is None else lag.stop_page(lengths)
@@ -53,20 +53,20 @@ class PageSpan:
         return begun if self.sink_pages else jnp.maximum(begun, self.first)
 
     def takes_tokens(self, logical: jax.Array) -> jax.Array:
-        """Whether single tokens of page `logical` are written here, `bool[...]`."""
+        """Whether new tokens of page `logical` are written to this store, `bool[...]`."""
         sinks = logical < self.sink_pages
         if self.complete or self.sinks_only:
             return sinks
         return sinks | (logical >= self.first)
 
     def width(self, max_new_tokens: int, max_tokens: int | None) -> int:
-        """Slots of the ring table, so that prepared tokens never overwrite a live page.
+        """Number of slots that the ring table needs, so that no live page loses its slot.
 
         Args:
-          max_new_tokens: most tokens of a step.
-          max_tokens: longest sequence; None for no end.
+          max_new_tokens: most tokens that a step adds to a sequence.
+          max_tokens: most tokens of a sequence; None for no limit.
         """
-        # Pages that enter complete do so when the step commits: the next query reads them, too.
+        # Complete pages enter when the step commits, so the next query counts, too.
         queries = max_new_tokens + 1 if self.complete else max_new_tokens
         most = self.rule.most_pages(queries, self.page_size)
         widths = [] if most is None else [most]

@@ -1,4 +1,4 @@
-"""What one attention layer keeps of its keys and values: a static, hashable description."""
+"""Static, hashable description of how one attention layer keeps its keys and values."""
 
 import dataclasses
 from typing import Literal
@@ -14,15 +14,16 @@ class LayerSpec:
     """How one attention layer keeps its keys and values.
 
     Attributes:
-      kv_heads: key/value heads.
-      head_dim: channels of one head.
-      window: tokens a query sees, itself included; None for all (sliding-window attention).
-      sink_tokens: first tokens kept beside the window until the sequence is freed (StreamingLLM).
-      sink_positions: "original", or "cache": sink keys are attended by a query rotated to the
-        place it has inside the cache, so that no distance exceeds `sink_tokens + window`.
+      kv_heads: number of key/value heads.
+      head_dim: channels per head.
+      window: tokens a query sees, itself included (sliding-window attention); None for all.
+      sink_tokens: number of first tokens that are kept beside the window (StreamingLLM,
+        arXiv:2309.17453).
+      sink_positions: "original"; or "cache": sink keys are attended by a query rotated to its
+        place inside the cache, so that no distance exceeds `sink_tokens + window`.
       codec: how pages are stored, a name (`jaxkv.codecs.codec_names()`) or a `KVCodec`; "exact"
-        keeps `dtype`. A lossy one says how many of the newest pages and first tokens stay exact;
-        a window that lies within those pages makes the layer exact.
+        keeps `dtype`. A lossy codec says how many of the newest pages and first tokens stay exact;
+        if the window lies within the newest pages, the whole layer is exact.
       dtype: float type of exact pages.
     """
 
@@ -47,7 +48,7 @@ class LayerSpec:
             raise ValueError(f"sink_positions={self.sink_positions!r}: 'original' or 'cache'.")
         if self.sink_positions == "cache" and self.window is None:
             raise ValueError("sink_positions='cache' needs a window, and window=None.")
-        _ = self.kv_codec  # an unknown name says so
+        _ = self.kv_codec  # raises for an unknown name
         if self.dtype not in ("bfloat16", "float16", "float32"):
             raise ValueError(f"dtype={self.dtype!r} must be bfloat16, float16 or float32.")
         return self
@@ -59,7 +60,7 @@ class LayerSpec:
 
     @property
     def q_sink_limit(self) -> int | None:
-        """Largest position of the query that attends sinks; None: sinks see the query as it is."""
+        """Largest position that `q_sink` is rotated for; None if sinks are attended by `q`."""
         if self.sink_positions == "original" or self.window is None:
             return None
         return self.sink_tokens + self.window - 1

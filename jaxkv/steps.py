@@ -1,6 +1,6 @@
 """The jitted steps of generation: a chunk of the prompts, first tokens, a block of decode steps.
 
-The whole state is one pytree on the device; inside a block the host does nothing.
+The whole state is one pytree on the device; within a block the host takes no part.
 """
 
 import dataclasses
@@ -22,22 +22,22 @@ NO_TOKEN = -1  # marks a sequence that did not advance, and pads lists of stop t
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Requests:
-    """What is asked for each sequence of a batch."""
+    """The requests of a batch, one per sequence."""
 
-    seeds: jax.Array  # u32[batch], of a request's draws
+    seeds: jax.Array  # u32[batch], seed of a request's draws
     limits: jax.Array  # i32[batch], most tokens to generate
-    stop_ids: jax.Array  # i32[batch, n], tokens that end a sequence; NO_TOKEN pads
-    sampling: Sampling  # checked; one for all sequences
+    stop_ids: jax.Array  # i32[batch, n], tokens that end a sequence, padded with NO_TOKEN
+    sampling: Sampling  # after `checked()`; the same for all sequences
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GenerationState:
-    """Everything that a step changes."""
+    """Everything that a decode step changes."""
 
     cache: KVCache
-    token: jax.Array  # i32[batch], sampled last, not yet in the cache
-    produced: jax.Array  # i32[batch], tokens sampled
+    token: jax.Array  # i32[batch], the token sampled last, not yet in the cache
+    produced: jax.Array  # i32[batch], number of tokens sampled so far
     status: jax.Array  # i32[batch], RUNNING or why the sequence ended
     peak_pages: jax.Array  # i32[stores], most pages in use so far
 
@@ -53,20 +53,20 @@ def prefill_chunk(
     chunk: int,
     backend: Backend | None,
 ) -> tuple[KVCache, jax.Array, jax.Array, jax.Array]:
-    """Feeds each sequence the next `chunk` tokens of its prompt, or the fewer that are left.
+    """Feeds each sequence the next `chunk` tokens of its prompt, or fewer if fewer are left.
 
     Args:
-      model: weights.
-      cache: donated; its lengths tell how much of each prompt is in.
-      last: `[batch, hidden]`, donated, hidden state of each prompt's last token, once it is known.
+      model: the model and its weights.
+      cache: donated; its lengths say how many tokens of each prompt it holds.
+      last: `[batch, hidden]`, donated; hidden state of each prompt's last token, once known.
       prompts: `i32[batch, tokens]`, padded at the end.
       prompt_lens: `i32[batch]`.
-      chunk: tokens per call, at most the cache's `max_new_tokens`.
-      backend: of the attention.
+      chunk: most tokens per sequence, at most the cache's `max_new_tokens`.
+      backend: backend of the attention.
 
     Returns:
-      The new cache; `last`; `i32[stores]`, pages in use while the chunk was attended; `i32[]`,
-      tokens of all sequences in the new cache.
+      The new cache; the new `last`; `i32[stores]`, pages in use while the chunk was attended;
+      `i32[]`, tokens of all sequences in the new cache.
     """
     count = jnp.clip(prompt_lens - cache.lengths, 0, chunk)
     place = jnp.minimum(cache.positions(chunk), prompts.shape[1] - 1)
@@ -85,9 +85,9 @@ def start(model: Model, cache: KVCache, last: jax.Array, requests: Requests) -> 
     """Samples each sequence's first token from the hidden state of its prompt's last.
 
     Args:
-      model: weights.
+      model: the model and its weights.
       cache: donated; it holds the prompts.
-      last: `[batch, hidden]`, as `prefill_chunk` leaves it.
+      last: `[batch, hidden]`, as `prefill_chunk` returns it.
       requests: one per sequence.
     """
     state = GenerationState(
@@ -109,18 +109,18 @@ def decode_block(
     steps: int,
     backend: Backend | None,
 ) -> tuple[GenerationState, jax.Array, jax.Array]:
-    """Runs up to `steps` decode steps in one `while_loop`, fewer when no sequence is left.
+    """Runs up to `steps` decode steps in one `while_loop`, fewer if no sequence can go on.
 
     Args:
-      model: weights.
+      model: the model and its weights.
       state: donated.
       requests: one per sequence.
-      steps: the most decode steps to run.
-      backend: of the attention.
+      steps: most decode steps to run.
+      backend: backend of the attention.
 
     Returns:
-      The new state; `i32[batch, steps]` sampled tokens, `NO_TOKEN` where a sequence had ended or
-      starved; `i32[]`, steps run.
+      The new state; `i32[batch, steps]`, sampled tokens, `NO_TOKEN` where a sequence had ended or
+      starved; `i32[]`, number of steps run.
     """
 
     def goes_on(carry):
@@ -142,7 +142,7 @@ def decode_block(
     out = jnp.full((state.token.size, steps), NO_TOKEN, jnp.int32)
     init = (jnp.int32(0), state, out, jnp.bool_(True))
     step, state, out, advanced = jax.lax.while_loop(goes_on, body, init)
-    # Nobody could go on: every running sequence waits for a page that only they could free.
+    # No sequence could go on: each running one waits for pages that only running ones hold.
     stuck = ~advanced & (state.status == RUNNING)
     state = dataclasses.replace(state, status=jnp.where(stuck, STARVED, state.status))
     return state, out, step
@@ -155,7 +155,7 @@ def _advance(
     advances: jax.Array,
     requests: Requests,
 ) -> GenerationState:
-    """Samples from `hidden`, `[batch, hidden]`, where `advances`, and ends what is done."""
+    """Samples from `hidden`, `[batch, hidden]`, where `advances`; ends and frees done sequences."""
     keys = draw_keys(requests.seeds, state.produced)
     drawn = sample(model.unembed(hidden), requests.sampling, keys)
     token = jnp.where(advances, drawn, state.token)

@@ -1,4 +1,4 @@
-"""One pool of pages with its tables and its allocator, and the protocol of how it is filled."""
+"""A store: a pool of pages with its tables and allocator, and the protocol of how it is filled."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -20,27 +20,27 @@ class NewTokens(NamedTuple):
     k: jax.Array  # [batch, tokens, kv_heads, head_dim]
     v: jax.Array  # like k
     lengths: jax.Array  # i32[batch], committed tokens
-    pending: jax.Array  # i32[batch], tokens that count; later rows are padding
+    pending: jax.Array  # i32[batch], real tokens; later rows are padding
 
 
 class Committed(NamedTuple):
-    """A step that ends: how far sequences were, had prepared for, and are."""
+    """The lengths of sequences before and after a step that is being committed."""
 
-    lengths: jax.Array  # i32[batch]
-    pending: jax.Array  # i32[batch]
-    new_lengths: jax.Array  # i32[batch]
+    lengths: jax.Array  # i32[batch], committed tokens before the step
+    pending: jax.Array  # i32[batch], tokens that the step prepared
+    new_lengths: jax.Array  # i32[batch], committed tokens after the step
 
 
 class Fill(Protocol):
-    """How a store's pages come to hold their content; static and hashable.
+    """How a store's pages get their content; static and hashable.
 
-    A fill sees all stores of the cache, may read those before its own, and returns its own anew.
-    Reserving, releasing, forking and roll-back are the store's, by its span, whatever the fill.
+    A fill is given all stores of the cache, may read those before its own, and returns its own
+    store updated. The store itself reserves, releases and forks pages, by its span alone.
     """
 
     @property
     def writes_at_commit(self) -> bool:
-        """Whether `commit` writes pages: then reads of the step must come before."""
+        """Whether `commit` writes pages; if so, it must do so after all reads of the step."""
         ...
 
     def attend(
@@ -60,45 +60,46 @@ class StoreSpec:
 
     span: PageSpan  # which pages of a sequence live here
     fill: Fill
-    layout: PageLayout  # of a page
-    layers: int  # that share the tables, each with its own pages
+    layout: PageLayout  # how each page is stored
+    layers: int  # number of layers that share the tables, each with its own arrays of pages
     kv_heads: int
     width: int  # slots of the ring table
-    pages: int  # of the pool, the null page included
+    pages: int  # pages of the pool, the null page included
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Store:
-    """Pages, and who they belong to."""
+    """Pages, and which sequences they belong to."""
 
     pages: Pages
     pool: PagePool
     tables: PageTables
-    # The result of every read of the step, so that commit writes pages only after them: without a
-    # dependency XLA may schedule the two at once, and copies the pool to keep them apart.
-    reads: jax.Array | None  # i32[], positive; None where commit writes nothing
+    # i32[], positive; depends on every read of the step, so that commit, which depends on it,
+    # writes pages afterwards. Without this dependency XLA might schedule the two at once, and would
+    # copy the pool to keep them apart. None where commit writes nothing.
+    reads: jax.Array | None
     spec: StoreSpec = dataclasses.field(metadata=dict(static=True))
 
     @property
     def pages_in_use(self) -> jax.Array:
-        """Pages that hold something, `i32[]`; a shared page counts once."""
+        """Number of pages in use, `i32[]`; a page that sequences share counts once."""
         return self.spec.pages - 1 - self.pool.free_pages
 
     @property
     def page_bytes(self) -> int:
-        """Bytes of one page over all layers, keys, values, factors and means."""
+        """Bytes of one page, summed over layers: keys, values, factors and the page's mean."""
         pools = (x for x in jax.tree.leaves(self.pages) if x.shape[1] == self.spec.pages)
-        # A static key mean belongs to no page.
+        # A static key mean belongs to no page, so it is not among the pools.
         return sum(x.size * x.dtype.itemsize // x.shape[1] for x in pools)
 
     def needed(self, lengths: jax.Array, new_tokens: jax.Array) -> jax.Array:
-        """Pages that `new_tokens` more tokens need at most, `i32[batch]`."""
+        """Pages to reserve for `new_tokens` more tokens, `i32[batch]`."""
         span = self.spec.span
         return span.stop_page(lengths + new_tokens) - span.stop_page(lengths)
 
     def reserve(self, lengths: jax.Array, new_tokens: jax.Array, most: int) -> "Store":
-        """Allocates what `needed` counts, at most `most` pages per sequence."""
+        """Allocates the pages that `needed` counts, at most `most` per sequence."""
         span = self.spec.span
         start, stop = span.stop_page(lengths), span.stop_page(lengths + new_tokens)
         logical, wanted = page_range(start, stop, most)
@@ -107,7 +108,7 @@ class Store:
         return dataclasses.replace(self, pool=pool, tables=tables)
 
     def settle(self, step: Committed, most: int) -> "Store":
-        """Releases reserved pages that were not needed, and pages that fell behind."""
+        """Releases reserved pages that were not needed, and pages that no later query reads."""
         span, (lengths, pending, new_lengths) = self.spec.span, step
         reserved = span.stop_page(lengths + pending)
         ranges = [page_range(span.stop_page(new_lengths), reserved, most)]
@@ -122,7 +123,7 @@ class Store:
         )
 
     def drop(self, mask: jax.Array) -> "Store":
-        """Releases everything that the sequences of `mask`, `bool[batch]`, reference."""
+        """Releases all pages of the sequences of `mask`, `bool[batch]`; empties their tables."""
         page = jnp.where(mask[:, None], entries(self.tables), NULL_PAGE)
         tables = jax.tree.map(lambda t: jnp.where(mask[:, None], NULL_PAGE, t), self.tables)
         return dataclasses.replace(self, pool=release(self.pool, page), tables=tables)
@@ -132,7 +133,7 @@ class Store:
         return dataclasses.replace(self, pool=retain(self.pool, page))
 
     def after_reading(self, out: jax.Array) -> "Store":
-        """Notes that `out`, attention over this store, has been computed."""
+        """Makes `reads` depend on `out`, attention over this store."""
         if self.reads is None:
             return self
         one = out[(0,) * out.ndim]
@@ -142,10 +143,10 @@ class Store:
         """Gives each target the source's tables, with a fresh copy of the unfinished page.
 
         Args:
-          fork: of this store; references to pages that will be shared have been counted.
-          copies: `bool[forks]`, where there is an unfinished page and a page for its copy.
-          starved: `bool[forks]`, forks that end up empty.
-          target: `i32[forks]`, out of range where nothing happens.
+          fork: made from this store; references to the pages to be shared must have been counted.
+          copies: `bool[forks]`, whether there is an unfinished page and a free one for its copy.
+          starved: `bool[forks]`, which forks end up empty.
+          target: `i32[forks]`, the sequence that becomes the copy; out of range for none.
         """
         pool, page = allocate(self.pool, copies)
         tables = enter(fork.source, fork.last, page[:, None], copies[:, None])
@@ -167,12 +168,12 @@ class Store:
 
 
 class Fork(NamedTuple):
-    """What forks take from one store."""
+    """The part of a batch of forks that concerns one store."""
 
-    source: PageTables  # of the sources, [forks, ...]
-    unfinished: jax.Array  # i32[forks, 1], page to copy, null where there is none
-    last: jax.Array  # i32[forks, 1], its logical number
-    copies: jax.Array  # bool[forks], whether there is one
+    source: PageTables  # tables of the sequences to copy, [forks, ...]
+    unfinished: jax.Array  # i32[forks, 1], id of the page to copy, NULL_PAGE where there is none
+    last: jax.Array  # i32[forks, 1], logical number of that page
+    copies: jax.Array  # bool[forks], whether there is a page to copy
 
 
 def create_store(spec: StoreSpec, batch: int, static_mean: jax.Array | None = None) -> Store:
@@ -194,6 +195,6 @@ def create_store(spec: StoreSpec, batch: int, static_mean: jax.Array | None = No
 
 
 def page_range(start: jax.Array, stop: jax.Array, most: int) -> tuple[jax.Array, jax.Array]:
-    """Logical pages from `start` on, `i32[batch, most]`, and which of them are below `stop`."""
+    """`most` logical pages from `start` on, `i32[batch, most]`, and which are below `stop`."""
     logical = start[:, None] + jnp.arange(most, dtype=jnp.int32)[None]
     return logical, logical < stop[:, None]

@@ -1,1 +1,1 @@
-"""Attention and cache-writing kernels, one folder an op, each with a plain-JAX twin."""
+"""Attention and cache-writing kernels: one folder per op, each with a plain-JAX twin."""

@@ -1,7 +1,7 @@
 """Which implementation of an op serves a call: named or chosen, never swapped silently.
 
-A backend of an op is a module that has the op, and `refusal(**call)`: why it does not serve a call,
-in words, or None.
+A backend of an op is a module with a function named like the op and a function `refusal(**call)`,
+which returns in words why the backend does not serve a call, or None if it does.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ def interpreted() -> bool:
 def interpret_kernels() -> Iterator[None]:
     """Lets backend="gpu" run anywhere, interpreted and very slowly: for tests without a GPU.
 
-    Programs that were compiled outside stay as they are: trace anew inside.
+    Functions that were jitted outside keep their compiled programs: trace them anew inside.
     """
     global _interpreted
     before, _interpreted = _interpreted, True
@@ -46,11 +46,11 @@ def choose_backend(
     """Returns the backend that serves `op`: the named one, or the platform's best.
 
     Args:
-      op: name, for the message.
-      backend: None chooses the platform's own where it serves the call, else "xla".
+      op: its name, for the message.
+      backend: None chooses the platform's own backend if it serves the call, else "xla".
       modules: the op's backends.
       platform: "cpu", "gpu" or "tpu"; None asks JAX.
-      call: facts about the call, as each module's `refusal` takes them.
+      call: facts about the call, passed to each module's `refusal`.
 
     Raises:
       ValueError: no such backend.

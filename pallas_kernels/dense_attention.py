@@ -1,4 +1,4 @@
-"""Attention over contiguous keys, float32, by the formula: the meaning that kernels are held to."""
+"""Attention over contiguous keys in float32, by the formula: the oracle that kernels must match."""
 
 import jax
 import jax.numpy as jnp
@@ -29,13 +29,13 @@ def dense_attention(
       k: `[batch, kv_tokens, kv_heads, head_dim]`; `kv_heads` divides `q_heads`.
       v: like `k`.
       q_position: `i32[batch, q_tokens]`; negative for rows that see nothing.
-      k_position: `i32[batch, kv_tokens]`, positions of keys, or numbers of entries with
-        `rule.stride`; negative for keys that nobody sees.
+      k_position: `i32[batch, kv_tokens]`, positions of keys (with `rule.stride`, entry numbers);
+        negative for keys that no query sees.
       scale: usually `head_dim ** -0.5`.
       rule: which keys a query sees.
       soft_cap: bound on scores; None for none.
-      sink_logits: `[q_heads]`, learned, joins the denominator only.
-      q_sink: like `q`; the query that attends the first `rule.sink_tokens` keys.
+      sink_logits: `[q_heads]`, learned; `exp(sink_logits)` joins the denominator only.
+      q_sink: like `q`; replaces it for the first `rule.sink_tokens` keys.
 
     Returns:
       `out`, `f32` shaped like `q`, and `lse`, `f32[batch, q_tokens, q_heads]`; 0 and `-inf` where

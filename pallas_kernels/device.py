@@ -11,11 +11,11 @@ def current_platform(named: str | None = None) -> str:
 
 
 def count_sms() -> int:
-    """Streaming multiprocessors of the GPU; an H100's where there is none."""
+    """Number of streaming multiprocessors of the GPU; an H100's number where there is no GPU."""
     return getattr(jax.devices()[0], "core_count", H100_SMS)
 
 
 def converts_float8() -> bool:
-    """Whether the GPU has an instruction from e4m3 to float16: from Ada and Hopper on."""
+    """Whether the GPU has an instruction that converts e4m3 to float16 (Ada, Hopper and later)."""
     capability = str(getattr(jax.devices()[0], "compute_capability", ""))
     return "." in capability and tuple(map(int, capability.split("."))) >= (8, 9)

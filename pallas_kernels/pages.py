@@ -1,4 +1,4 @@
-"""A pool of pages: named arrays that a layout explains, exact values and codes alike."""
+"""A pool of pages: named arrays, of exact values or of codes, and the layout that explains them."""
 
 import dataclasses
 
@@ -15,17 +15,18 @@ from pallas_kernels.layouts.plain import Plain
 class Pages:
     """Keys and values of all pages of a pool, as `layout` stores them.
 
-    A key mean, where the codec removes one, is in the space of the codes (rotated, if the key
-    codec rotates): a score is `q' . (scale * code_values + mean)` with one rotated query `q'`.
+    If the codec removes a key mean, the mean is kept in the space of the codes (rotated, if the
+    key codec rotates): a score is `q' . (scale * code_values + mean)` with one rotated query `q'`.
     """
 
-    arrays: dict[str, jax.Array]  # of layout.arrays, each [layers, pages, ...]
-    key_mean: jax.Array | None  # f16[layers, pages, kv_heads, head_dim]; 1 page: one for all
+    arrays: dict[str, jax.Array]  # named as in layout.arrays, each [layers, pages, ...]
+    # f16[layers, pages, kv_heads, head_dim]; a pages axis of size 1 is one mean for all pages.
+    key_mean: jax.Array | None
     layout: PageLayout = dataclasses.field(metadata=dict(static=True))
 
     @classmethod
     def exact(cls, k: jax.Array, v: jax.Array) -> "Pages":
-        """Pages of values as they are.
+        """Builds pages that hold values unquantized.
 
         Args:
           k: `[layers, pages, kv_heads, page_size, head_dim]`.
@@ -51,7 +52,7 @@ class Pages:
 
     @property
     def dims(self) -> dict[str, int]:
-        """Sizes by name; raises ValueError where an array is not what the layout says."""
+        """Sizes by name; raises ValueError if an array's shape is not the layout's."""
         layers, pages = next(iter(self.arrays.values())).shape[:2]
         kv_heads = self.layout.kv_heads(self.arrays)
         for name, one in self.layout.arrays(kv_heads).items():
@@ -68,7 +69,7 @@ class Pages:
         )
 
     def means(self, layer: int | jax.Array, page: jax.Array) -> jax.Array | None:
-        """Key means of pages, `f16[*page.shape, kv_heads, head_dim]`; None without means."""
+        """Key means of pages `page`, `f16[*page.shape, kv_heads, head_dim]`; None without means."""
         if self.key_mean is None:
             return None
         return self.key_mean[layer, page if self.key_mean.shape[1] > 1 else jnp.zeros_like(page)]
@@ -85,10 +86,10 @@ def empty_pages(
     """Allocates pages of zeros.
 
     Args:
-      layout: of each page.
-      layers: layers that share the pool's page ids.
-      pages: of the pool.
-      kv_heads: of each layer.
+      layout: how each page is stored.
+      layers: number of layers that share the pool's page ids.
+      pages: number of pages of each layer.
+      kv_heads: number of key/value heads of each layer.
       static_mean: `f16[layers, 1, kv_heads, head_dim]`, for a codec with `key_mean="static"`.
     """
     arrays = {

@@ -1,7 +1,8 @@
 """Which keys a query sees, said once: as a mask, as bounds of a read, as pages to keep.
 
-Every backend masks and narrows by `Rule`, and storage sizes its rings and frees pages by it.
-Arithmetic only: arguments may be ints, arrays, or values inside a kernel.
+Every backend takes its masks and the bounds of its reads from `Rule`; the cache sizes its page
+tables and frees pages by it. Methods do arithmetic only, so their arguments may be ints, arrays, or
+values inside a kernel.
 """
 
 import dataclasses
@@ -14,10 +15,10 @@ from pallas_kernels.shapes import cdiv
 
 
 class PageLag(NamedTuple):
-    """Limits keys by their page's distance behind the query's: `least <= distance < most`.
+    """Limits how many pages a key's page lies behind the query's: `least <= distance < most`.
 
     With a lossy codec recent pages are read exactly and older ones as codes. Which of the two
-    applies depends on positions alone, never on how the tokens came in.
+    applies depends on positions alone, never on how many tokens each step added.
     """
 
     page_size: int
@@ -25,13 +26,13 @@ class PageLag(NamedTuple):
     most: int | None = None
 
     def serves(self, q_position: jax.Array, k_position: jax.Array) -> jax.Array:
-        """Whether the distance of key and query is within the limits, broadcast."""
+        """Whether the distance in pages from key to query is within the limits, broadcast."""
         distance = q_position // self.page_size - k_position // self.page_size
         near = True if self.most is None else distance < self.most
         return (distance >= self.least) & near
 
     def first_page(self, q_position):
-        """Oldest page that a query at `q_position` reads; may be negative. Needs `most`."""
+        """Oldest page that a query at `q_position` reads; may be negative. `most` must be set."""
         assert self.most is not None
         return q_position // self.page_size - self.most + 1
 
@@ -48,18 +49,18 @@ class Rule:
     - `i - j < window`, or `j < sink_tokens`, or there is no window;
     - `lag`, if given, serves the pair.
 
-    The window counts the query itself (Mistral). Sink tokens are the first of a sequence and stay
-    visible behind the window (StreamingLLM, arXiv:2309.17453).
+    The window includes the query itself (Mistral). Sink tokens are the first tokens of a sequence;
+    they stay visible behind the window (StreamingLLM, arXiv:2309.17453).
 
     With `stride`, a key is an entry that stands for `stride` tokens: entry `g` is complete with
     token `(g + 1) * stride - 1` and has that token's position (DeepSeek V4's compressed entries).
-    Bounds below count entries; with `stride` 1 an entry is a token and `g == j`.
+    The bounds that methods return count entries; with `stride` 1 an entry is a token and `g == j`.
 
     Attributes:
       window: tokens that a query sees, itself included; None for all.
-      sink_tokens: first tokens that stay visible behind the window.
+      sink_tokens: number of first tokens that stay visible behind the window.
       lag: how many pages behind the query's own page a key must lie; None for any number.
-      stride: tokens per entry; a lag needs 1.
+      stride: tokens per entry; must be 1 with a lag.
     """
 
     window: int | None = None
@@ -89,7 +90,7 @@ class Rule:
         Args:
           q_position: `i32`, position of the query.
           entry: `i32`, number of the entry (its position, with `stride` 1).
-          pinned: entries below it stand in pinned sink pages, where the lag does not apply.
+          pinned: entries below this number are in pinned sink pages, where the lag does not apply.
         """
         j = self.position(entry)
         sees = j <= q_position
@@ -123,11 +124,11 @@ class Rule:
         return (q_position + 1) // self.stride if self.stride > 1 else q_position + 1
 
     def seen_by_some(self, q_start, q_lens, start, stop) -> tuple[jax.Array, jax.Array]:
-        """Narrows entries `start <= g < stop` to what some query can see.
+        """Narrows `start <= g < stop` to bounds of the entries that some query sees.
 
         Args:
           q_start: `i32[batch]`, position of the first query.
-          q_lens: `i32[batch]`, number of queries; without any the result is empty.
+          q_lens: `i32[batch]`, number of queries; if 0, the result is empty.
           start: `i32[batch]`.
           stop: `i32[batch]`.
         """
@@ -162,9 +163,12 @@ class Rule:
         return start, stop
 
     def first_page(self, q_position, page_size: int):
-        """Oldest page that a query at `q_position` or later reads, sinks aside; None for page 0."""
+        """Oldest page that queries at `q_position` or later read, apart from sinks.
+
+        None where they read from the sequence's beginning.
+        """
         first = None
-        if self.window is not None:  # nobody will see older entries again
+        if self.window is not None:  # no later query sees an entry that has left the window
             first = jnp.maximum(self.window_start(q_position), 0) // page_size
         if self.lag is not None and self.lag.most is not None:
             near = self.lag.first_page(q_position)
@@ -172,9 +176,9 @@ class Rule:
         return first
 
     def most_pages(self, q_tokens: int, page_size: int) -> int | None:
-        """Most pages that queries at `q_tokens` positions in a row read, at any alignment.
+        """Most pages that `q_tokens` consecutive queries read, wherever in a page they begin.
 
-        Sinks aside; None where the number grows with the sequence.
+        Sink pages are not counted. None where the number grows with the sequence.
         """
         bounds = []
         least = 0 if self.lag is None else self.lag.least

@@ -2,7 +2,7 @@
 
 A sequence's cache is a short list of segments: runs of pages, each in one store. Attention over a
 union of key sets is the average of the parts, weighted by `exp(lse)` (FlashAttention's split-KV,
-arXiv:2205.14135). A learned sink logit is one more set, with a value of zero (gpt-oss), so it is
+arXiv:2205.14135). A learned sink logit (gpt-oss) is one more part, whose value is zero, so it is
 merged once, at the end.
 """
 
@@ -22,7 +22,7 @@ class Queries:
 
     q: jax.Array  # [batch, q_tokens, q_heads, head_dim], any float dtype
     start: jax.Array  # i32[batch], position of the first query token
-    lens: jax.Array  # i32[batch], query tokens that count; later rows are padding, see nothing
+    lens: jax.Array  # i32[batch], real query tokens; later rows are padding and see nothing
 
     @property
     def positions(self) -> jax.Array:
@@ -37,10 +37,10 @@ class Segment:
     """A run of pages of each sequence, and pinned sink pages that are read in the same call.
 
     The run holds entries `start <= g < stop` (tokens, where a rule has no stride). `table` is a
-    ring: logical page `p` stands in slot `p % width`, and the run has at most `width` pages.
-    Entries of the table for other pages are not read. `sinks` names logical pages
-    `0 .. sink_pages` of the same pools, which hold entries up to `stop`; the run begins behind
-    them, and a lag does not apply to them.
+    ring: the id of logical page `p` is in slot `p % width`, and the run has at most `width` pages.
+    Slots of pages outside the run are not read. `sinks` holds the ids of logical pages 0 to
+    `sink_pages - 1` of the same pools, which hold entries up to `stop`. The run begins after them,
+    and a lag does not apply to them.
     """
 
     table: jax.Array  # i32[batch, width]
@@ -57,17 +57,17 @@ class Span(NamedTuple):
 
 
 class Spans(NamedTuple):
-    """What some query can see of a segment: of its run, and of its sink pages if it has any."""
+    """The entries of a segment that some query can see."""
 
     run: Span
-    sinks: Span | None
+    sinks: Span | None  # None for a segment without sink pages
 
 
 def seen_spans(queries: Queries, segment: Segment, rule: Rule, page_size: int) -> Spans:
-    """Narrows a segment to what some query can see."""
+    """Narrows a segment to the entries that some query can see."""
     sinks, run_rule = None, rule
     if segment.sinks is not None:
-        # Sink pages are a span of their own, so the run is read from the window on.
+        # Sink pages are a separate span, so the run is read only from the window on.
         run_rule = dataclasses.replace(rule, sink_tokens=0)
         sink_rule = dataclasses.replace(rule, lag=None)
         stop = jnp.minimum(segment.stop, segment.sinks.shape[1] * page_size)

@@ -1,17 +1,18 @@
-"""Arithmetic on shapes: axes of several arrays checked from one table of names, ceilings."""
+"""Checks the axes of several arrays against one table of names; also, division that rounds up."""
 
 from typing import Any
 
 import jax
 
-# An operand of a kernel: an array when it is called, a ref inside, and before that its shape.
+# An operand of a kernel: an array for the caller, a ref inside the kernel, and a
+# ShapeDtypeStruct where an output is declared.
 Operand = Any
 
 
 def bind_dims(**arrays: tuple[jax.Array | None, str]) -> dict[str, int]:
     """Binds axis names to sizes: `bind_dims(q=(q, "batch heads dim"), lens=(lens, "batch"))`.
 
-    An array that is None, an argument left out, is skipped.
+    An array that is None (an optional argument that was left out) is skipped.
 
     Returns:
       Size of each axis name.

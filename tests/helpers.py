@@ -1,4 +1,4 @@
-"""Builders that tests share: a cache driven beside the plain history it stands for."""
+"""Builders that tests share: a cache that is driven beside a plain history of the same tokens."""
 
 import dataclasses
 import functools
@@ -12,14 +12,14 @@ from jaxkv.codecs import dequantize_original
 from pallas_kernels.dense_attention import dense_attention
 from pallas_kernels.rule import PageLag, Rule
 
-# Largest difference to the float32 oracle, by the dtype of the pages: rounding of K and V.
+# Largest difference from the float32 oracle, by the dtype of pages, which rounds keys and values.
 TOLERANCE = {"float32": 2e-6, "float16": 2e-3, "bfloat16": 1.6e-2}
 
 
 def poison_unread(cache: KVCache) -> KVCache:
-    """Returns the cache with NaN wherever no live token stands: free pages, tails, null page.
+    """Returns the cache with NaN wherever there is no live token: free pages, tails, null page.
 
-    Codes that can't be NaN become 255, their factors and means NaN.
+    Integer codes become their largest value, their factors and means NaN.
     """
     stores = tuple(_poison_store(store, cache) for store in cache.stores)
     return dataclasses.replace(cache, stores=stores)
@@ -88,7 +88,7 @@ oracle = jax.jit(dense_attention, static_argnames=("scale", "rule", "soft_cap"))
 
 
 class Twin:
-    """A cache and, beside it, every sequence's whole history, attended by the dense formula."""
+    """A cache beside every sequence's whole history, which is attended by the dense formula."""
 
     def __init__(
         self,
@@ -116,7 +116,7 @@ class Twin:
         return jnp.asarray(self.rng.standard_normal(shape, dtype=np.float32))
 
     def step(self, new_tokens, accepted=None, *, poison=True):
-        """Runs one step on both; returns pairs `(cache's output, oracle's)` for each sequence."""
+        """Runs one step on both; returns `(cache's output, oracle's)` per sequence and layer."""
         accepted = new_tokens if accepted is None else accepted
         spec = self.config.layers[0]
         batch, layers = self.config.batch, len(self.config.layers)
@@ -189,7 +189,7 @@ class Twin:
 
 @functools.partial(jax.jit, static_argnames=("codec", "page_size"))
 def as_read(codec, page_size, k, v, static_mean):
-    """Keys and values `[tokens, kv_heads, head_dim]` of whole pages as codes give them back."""
+    """Quantizes and dequantizes keys and values `[tokens, kv_heads, head_dim]` of whole pages."""
     k, v = (x.reshape(-1, page_size, *x.shape[1:]).swapaxes(1, 2) for x in (k, v))
     mean = None
     if codec.key_mean == "page":
@@ -204,7 +204,7 @@ def as_read(codec, page_size, k, v, static_mean):
 
 
 class CodedTwin(Twin):
-    """The oracle of lossy codecs: pair by pair, a key is read as codes iff its place says so."""
+    """A twin for lossy codecs: positions alone say for each query and key if codes are read."""
 
     def _check(self, layer, b, count, start, q, k, v, q_sink, outs):
         spec = self.config.effective(self.config.layers[layer])

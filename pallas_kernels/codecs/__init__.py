@@ -1,1 +1,1 @@
-"""Codecs: what a token's key and value become when they are stored in few bits."""
+"""Codecs: how a token's key and value are stored in few bits."""

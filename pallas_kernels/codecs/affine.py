@@ -15,8 +15,9 @@ from pallas_kernels.codecs.factors import FACTOR_DTYPES, FLOAT16_MAX, load_facto
 class MinMax(TensorCodec):
     """Uniform levels from each vector's minimum to its maximum; the published value codec.
 
-    `x = scale * code + zero`, `scale = (max - min) / (2^bits - 1)` and `zero = min` in float16;
-    codes are chosen against the stored factors, so their rounding is not added to the error.
+    `x = scale * code + zero` with `scale = (max - min) / (2^bits - 1)` and `zero = min`, both
+    stored as float16. Codes are chosen for the stored factors, so that the factors' rounding does
+    not add to the error.
     """
 
     bits: int = 4  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -89,5 +90,5 @@ class Float8(TensorCodec):
 
 
 def _nearest(x: jax.Array) -> jax.Array:
-    """Nearest whole number, halves up: Pallas's GPU kernels have no `round`."""
+    """Nearest whole number, halves rounded up; Pallas's Triton kernels have no `round`."""
     return jnp.floor(x + 0.5)

@@ -1,6 +1,6 @@
 """Scalar codebooks for N(0, 1): exact Lloyd-Max tables and odd polynomials of the centred code.
 
-A polynomial needs no lookup on any backend: `t = code - (levels - 1) / 2`, level
+A polynomial needs no table lookup on any backend: with `t = code - (2^bits - 1) / 2` the level is
 `a t + b t^3 (+ c t^5)`. Encoding always rounds to the nearest of the codebook's own levels.
 """
 
@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# Coefficients of least MSE for unit variance, by number of bits (docs/design.md, Codecs).
+# Coefficients of t, t^3, ... of least MSE for unit variance, by number of bits (docs/design.md,
+# Codecs).
 CUBIC = {2: (0.892887, 0.0506925), 3: (0.471455, 0.0115849), 4: (0.240507, 0.00209753)}
 QUINTIC = {4: (0.262655, 1.29166e-4, 2.95824e-5)}
 
@@ -80,7 +81,7 @@ def get_codebook(name: str, bits: int) -> Codebook:
 
 
 def gaussian_mse(codebook: Codebook) -> float:
-    """Mean squared error on N(0, 1), in closed form between the thresholds (float64)."""
+    """Mean squared error of quantizing N(0, 1), exact up to float64 rounding."""
     error = 0.0
     edges = (-math.inf, *codebook.thresholds, math.inf)
     for level, low, high in zip(codebook.levels, edges[:-1], edges[1:], strict=True):
@@ -90,7 +91,7 @@ def gaussian_mse(codebook: Codebook) -> float:
 
 
 def _lloyd_max_levels(bits: int, iterations: int = 100_000) -> tuple[float, ...]:
-    """Fixed point of "level = mean of its cell, threshold = midpoint", on the positive half."""
+    """Lloyd-Max levels: iterates "level = mean of its cell, threshold = midpoint of levels"."""
     levels = [(i + 0.5) * 4 / 2**bits for i in range(2 ** (bits - 1))]
     for _ in range(iterations):
         edges = [

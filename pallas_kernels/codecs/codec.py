@@ -1,10 +1,10 @@
-"""What every KV codec offers: codes and per-token factors for one head vector, and exact bytes.
+"""The interface of KV codecs: codes and per-token factors for one head vector, and their bytes.
 
-A `TensorCodec` quantizes keys or values, a `KVCodec` pairs two with what the cache must know.
-How codes lie in memory is a layout's business (`packing`, `layouts`), attention is the op's.
+A `TensorCodec` quantizes keys or values; a `KVCodec` pairs two of them and adds what the cache must
+know. How codes lie in memory is decided by a layout (`pallas_kernels.layouts`).
 
-Input that is not finite: NaN counts as 0 and +-inf as +-1e30 in its own token, whose factor
-saturates; the token dequantizes to finite values and no other token changes.
+Input that is not finite: in its own token, NaN counts as 0 and +-inf as +-1e30, and the token's
+factor saturates. The token dequantizes to finite values, and no other token changes.
 """
 
 from collections.abc import Callable
@@ -17,27 +17,28 @@ import numpy as np
 
 from pallas_kernels.codecs.factors import FLOAT16_MAX, load_factor, round_to_float16
 
-INPUT_MAX = 1e30  # sums of squares of the ratio to it stay far from overflow
-SMALLEST = 1e-30  # a vector below it in every channel counts as zero: its factor would be, too
+INPUT_MAX = 1e30  # larger magnitudes are clipped: differences of two stay far from overflow
+SMALLEST = 1e-30  # a vector below it in every channel counts as zero: its factor would round to 0
 _MEAN_DTYPE = jnp.dtype("float16")
 
 
 class Quantized(NamedTuple):
-    """Logical record of vectors: `codes[..., head_dim]`, each factor `[...]`, as stored."""
+    """Quantized vectors before they are packed: `codes[..., head_dim]`, each factor `[...]`."""
 
-    codes: jax.Array  # u8, i8, fp8 or, for Exact, the values
-    factors: tuple[jax.Array, ...]  # f16, or u8 for ue5m3: scale, then zero where there is one
+    codes: jax.Array  # u8, i8 or fp8; for `Exact`, the values themselves
+    factors: tuple[jax.Array, ...]  # scale, then zero if there is one; f16, or u8 for ue5m3
 
 
 @dataclass(frozen=True)
 class TensorCodec:
     """Base of the codecs of one tensor: static, hashable, never traced.
 
-    A vector reads as `scale * code_values(codes) + zero`, so attention may work on
-    `code_values` and fold scale and zero into scores, probabilities and a sum.
+    A vector reads as `scale * code_values(codes) + zero`, so attention may work on `code_values`
+    and fold scale and zero into its scores and probabilities.
     """
 
-    rotated: ClassVar[bool] = False  # codes live in the rotated space: rotate q, unrotate outputs
+    # Whether codes describe rotated vectors; then queries are rotated and outputs rotated back.
+    rotated: ClassVar[bool] = False
 
     @property
     def bits(self) -> int:
@@ -71,7 +72,7 @@ class TensorCodec:
         return code_bits // 8 + sum(dtype.itemsize for dtype in self.factor_dtypes)
 
     def quantize(self, x: jax.Array, mean: jax.Array | None = None) -> Quantized:
-        """Codes and factors of `x - mean`, each vector of the last axis by itself.
+        """Quantizes `x - mean`, each vector along the last axis by itself.
 
         Args:
           x: `[..., head_dim]`, any float dtype; arithmetic is float32.
@@ -80,34 +81,34 @@ class TensorCodec:
         raise NotImplementedError
 
     def code_values(self, codes: jax.Array) -> jax.Array:
-        """What the codes stand for before scale and zero, `f32[..., head_dim]`."""
+        """Levels of the codes, before scale and zero are applied: `f32[..., head_dim]`."""
         return codes.astype(jnp.float32)
 
     def factor_values(self, factors: tuple[jax.Array, ...]) -> tuple[jax.Array | None, ...]:
-        """`(scale, zero)`, each `f32[...]`, or None where it would be 1 or 0."""
+        """`(scale, zero)`, each `f32[...]`; None for a factor that the codec does not store."""
         values = [load_factor(factor) for factor in factors]
         return (*values, *[None] * (2 - len(values)))
 
     def dequantize(self, quantized: Quantized) -> jax.Array:
-        """Vectors `f32[..., head_dim]`, without the mean, in the rotated space if `rotated`."""
+        """Vectors `f32[..., head_dim]`, without the mean, still rotated if `rotated`."""
         values = self.code_values(quantized.codes)
         scale, zero = self.factor_values(quantized.factors)
         values = values if scale is None else values * scale[..., None]
         return values if zero is None else values + zero[..., None]
 
     def rotate(self, x: jax.Array) -> jax.Array:
-        """Brings queries into the space of the codes, `f32[..., head_dim]`; keeps products."""
+        """Rotates queries into the space of the codes, `f32[..., head_dim]`; keeps dot products."""
         return x.astype(jnp.float32)
 
     def unrotate(self, x: jax.Array) -> jax.Array:
-        """Brings outputs back, `f32[..., head_dim]`."""
+        """Rotates attention's outputs back, `f32[..., head_dim]`."""
         return x.astype(jnp.float32)
 
 
 def dequantize_original(
     codec: TensorCodec, quantized: Quantized, mean: jax.Array | None = None
 ) -> jax.Array:
-    """Vectors as they came in, `f32[..., head_dim]`: unrotated, the mean added back."""
+    """Approximates the vectors that were quantized, `f32[..., head_dim]`: unrotated, with mean."""
     x = codec.unrotate(codec.dequantize(quantized))
     return x if mean is None else x + _mean_like(mean, x)
 
@@ -134,11 +135,17 @@ class Exact(TensorCodec):
 
 @dataclass(frozen=True, kw_only=True)
 class KVCodec:
-    """A key codec, a value codec, and what is kept exact around them; static and hashable.
+    """A key codec, a value codec, and which tokens stay exact beside codes; static and hashable.
 
-    `key_mean` says which per-channel mean the cache removes from keys: None, "static" (given
-    with the model) or "page" (`key_page_mean`, stored with each page). The reader adds
-    `q @ mean` to the scores. `recent_pages` and `sink_tokens` are defaults a cache may override.
+    Attributes:
+      name: for messages and reports.
+      key: codec of keys.
+      value: codec of values.
+      recent_pages: number of newest pages that are read exactly.
+      sink_tokens: number of first tokens whose pages stay exact.
+      key_mean: which per-channel mean the cache removes from keys: None, "static" (fitted for the
+        model beforehand) or "page" (`key_page_mean`, stored with each page). Attention adds
+        `q @ mean` to the scores.
     """
 
     name: str
@@ -172,16 +179,16 @@ class KVCodec:
     def key_page_mean(
         self, keys: jax.Array, rotate: Callable[[jax.Array], jax.Array] | None = None
     ) -> jax.Array:
-        """Mean of a page's keys, `stored_mean` of `[..., page_size, head_dim]` over the page."""
+        """The stored mean of a page's keys `[..., page_size, head_dim]`; see `stored_mean`."""
         return self.stored_mean(page_mean(keys, axis=-2), rotate)
 
     def stored_mean(
         self, mean: jax.Array, rotate: Callable[[jax.Array], jax.Array] | None = None
     ) -> jax.Array:
-        """A mean of keys, `[..., head_dim]`, in the space of the codes: `f16[..., head_dim]`.
+        """Rotates a mean of keys, `[..., head_dim]`, for storage: `f16[..., head_dim]`.
 
-        Rotated once when it is written, so that reading needs the rotated query alone.
-        `rotate` stands in for the key codec's own, for kernels that hold its matrix.
+        It is rotated once, when it is written, so that attention needs only the rotated query.
+        `rotate` replaces the key codec's own rotation in kernels that hold its matrix.
         """
         mean = (rotate or self.key.rotate)(mean)
         return round_to_float16(mean).astype(_MEAN_DTYPE)
@@ -193,14 +200,14 @@ class KVCodec:
         return page_size * token + mean
 
     def bits_per_value(self, head_dim: int, page_size: int) -> float:
-        """Stored bits per cached number, keys and values averaged; exact tokens left out."""
+        """Stored bits per cached number, averaged over keys and values, exact tokens left out."""
         return self.page_bytes(head_dim, page_size) * 8 / (2 * head_dim * page_size)
 
 
 def page_mean(x: jax.Array, axis: int, valid: jax.Array | None = None) -> jax.Array:
-    """Per-channel mean over the tokens of a page, as stored: `f16`, x without `axis`.
+    """Per-channel mean over the tokens of a page, `f16`, shaped like `x` without `axis`.
 
-    Tokens with a channel that is not finite or beyond float16's range do not enter, so one bad
+    Tokens with a channel that is not finite or is beyond float16's range are left out, so one bad
     token cannot spoil its page. A page without a good token has mean zero.
 
     Args:

@@ -1,8 +1,8 @@
-"""Per-token factors as stored: float16, or the 8 bits `ue5m3` that are a float16 cut short.
+"""How per-token factors are stored: as float16, or in 8 bits as `ue5m3`, a truncated float16.
 
-`ue5m3` is a non-negative float16 without its sign and its last seven mantissa bits: decoding is
-one shift on every backend, the range is float16's, the relative error at most 1/16 (rms 2.5 %,
-so 6e-4 of squared error beside 3.5e-2 of a 3-bit codebook).
+`ue5m3` is a non-negative float16 without its sign and its last seven mantissa bits. Decoding is one
+shift on every backend and the range is float16's. The relative error is at most 1/16 and 2.5 % rms:
+a squared error of 6e-4, beside the 3.5e-2 of a 3-bit codebook.
 """
 
 import jax
@@ -29,11 +29,11 @@ def store_factor(factor: jax.Array, kind: str = "float16") -> jax.Array:
 
 
 def round_to_float16(x: jax.Array) -> jax.Array:
-    """`f32` values rounded to float16's 11 bits, nearest and ties to even, saturating at its range.
+    """Rounds `f32` values to float16's 11 bits (nearest, ties to even), saturating at its range.
 
-    By bits: a compiler that may keep excess precision (XLA on GPUs) drops the rounding of a cast
-    to float16 and back, and codes would be chosen against a factor that is not the stored one.
-    Magnitudes below 2^-14, where float16 has fewer bits, keep theirs.
+    This works on the bits, because a compiler that may keep excess precision (XLA on GPUs) drops
+    the rounding of a cast to float16 and back; codes would then be chosen for a factor that is not
+    the stored one. Magnitudes below 2^-14, where float16 has fewer bits, are not rounded.
     """
     x = jnp.clip(x, -FLOAT16_MAX, FLOAT16_MAX)
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)

@@ -1,8 +1,8 @@
-"""Codecs by name: exact, 8-bit ones, the published TurboQuant presets, and our recipes.
+"""Codecs by name: exact, 8-bit codecs, the published TurboQuant presets, and our recipes.
 
-The published presets read every token as codes. Ours keep a sink page and the newest pages
-exact, remove each page's key mean, and choose codes and factors better when they write; what
-each lever buys is in docs/design.md.
+The published presets read every token as codes. Our recipes keep the sink pages and the newest
+pages exact, remove each page's key mean, and choose codes and factors with a smaller error when
+they write; docs/design.md says how much each of these gains.
 """
 
 import functools
@@ -17,12 +17,12 @@ SIGN_SEED = 0
 
 
 def published(name: str, key: TensorCodec, value_bits: int) -> KVCodec:
-    """A preset as published: min-max values, nothing exact."""
+    """A preset as published: min-max values, no token kept exact."""
     return KVCodec(name=name, key=key, value=MinMax(value_bits))
 
 
 def published_key(bits: int) -> TurboQuant:
-    """Plain Hadamard, Lloyd-Max table, norm-preserving factor."""
+    """The published key codec: Hadamard without signs, Lloyd-Max table, factor that keeps norms."""
     return TurboQuant(bits=bits, codebook="lloyd_max", factor="norm")
 
 
@@ -37,9 +37,10 @@ def recipe(
     recent_pages: int = 2,
     sink_tokens: int = 4,
 ) -> KVCodec:
-    """Signs, searched codes, unbiased keys less their mean, least-squares values.
+    """One of our recipes: fixed signs, searched codes, least-squares factors for values.
 
-    Token 0's key is far from any mean: with a mean, keep at least one sink token.
+    Keys have their mean removed and factors that make scores unbiased. Token 0's key is far from
+    any mean, so with a mean keep at least one sink token.
     """
     shared = TurboQuant(
         codebook=codebook, factor_kind=factor_kind, search=True, sign_seed=SIGN_SEED
@@ -60,14 +61,14 @@ def exact_codec(dtype: str) -> KVCodec:
 
 
 def same(name: str, codec: TensorCodec) -> KVCodec:
-    """One codec for keys and values, nothing exact beside it."""
+    """One codec for keys and values, no token kept exact."""
     return KVCodec(name=name, key=codec, value=codec)
 
 
 _PRESETS = (
     same("exact", Exact()),
-    # Keys have channels far from zero: with a zero point they lose less than half as much (KL
-    # 0.0004 against 0.0008), values don't.
+    # Keys have channels far from zero, so a zero point halves their loss (KL divergence 0.0004
+    # instead of 0.0008); values do not gain from one.
     KVCodec(name="int8", key=MinMax(8), value=Int8()),
     same("fp8_e4m3", Float8("e4m3")),
     same("fp8_e5m2", Float8("e5m2")),

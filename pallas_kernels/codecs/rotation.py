@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-DENSE_LIMIT = 256  # above it, halves are rotated apart and joined by a butterfly
+DENSE_LIMIT = 256  # above it, halves are rotated separately and joined by a butterfly
 
 
 @functools.cache
@@ -36,7 +36,7 @@ def channel_signs(head_dim: int, seed: int | None) -> np.ndarray:
     """Fixed `f32[head_dim]` of +-1, the same on every platform; `seed=None` gives all ones."""
     if seed is None:
         signs = np.ones(head_dim, np.float32)
-    else:  # raw bits: NumPy keeps the stream of a bit generator, not that of a distribution
+    else:  # raw bits: NumPy keeps bit generators stable across versions, not distributions
         bits = np.random.PCG64(np.random.SeedSequence([seed, head_dim])).random_raw(head_dim)
         signs = 1 - 2 * (bits >> np.uint64(63)).astype(np.float32)
     signs.flags.writeable = False
@@ -73,15 +73,15 @@ def _transform(x: jax.Array) -> jax.Array:
 
 
 def _like(vector: np.ndarray, x: jax.Array) -> np.ndarray:
-    """Gives a per-channel vector the rank of x (rank promotion is an error in our tests)."""
+    """Gives a per-channel vector the rank of `x`: the tests make rank promotion an error."""
     return vector.reshape((1,) * (x.ndim - 1) + vector.shape)
 
 
 def _mixing_matrix(m: int) -> np.ndarray:
-    """Symmetric orthonormal `[m, m]` without zeros, m odd; DCT-II would have some at odd m.
+    """Symmetric orthonormal `[m, m]` matrix without zeros, m odd (a DCT-II has zeros at odd m).
 
-    The reflection `I - 2/m J` is the flatter of the two up to m = 5 (a spike keeps less of its
-    energy in one place: sum of fourth powers), the Hartley transform beyond.
+    Up to m = 5 it is the reflection `I - 2/m J`, beyond that the Hartley transform: whichever
+    spreads a spike more evenly (smaller sum of fourth powers).
     """
     if m <= 5:
         return np.eye(m) - 2 / m if m > 1 else np.ones((1, 1))

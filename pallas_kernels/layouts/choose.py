@@ -17,8 +17,8 @@ def default_layout(
 ) -> PageLayout:
     """The layout of a lossy codec's pages for "cpu", "gpu" or "tpu".
 
-    GPUs get 32-bit words of 4-bit codes from head_dim 128 on where they fit (beside float8 keys,
-    too), 16-bit ones otherwise, bytes last.
+    GPUs get 32-bit words where all integer codes have 4 bits, head_dim is at least 128, and the
+    codes of a vector fill whole words; otherwise 16-bit words; bytes where neither fits.
 
     Raises:
       ValueError: unknown platform, or a shape that the layout cannot hold.

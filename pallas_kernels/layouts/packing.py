@@ -1,8 +1,9 @@
-"""Bits of codes in words: pure functions, an exact inverse each, no cache and no pages.
+"""Packs codes into words: pure functions, each with an exact inverse.
 
-Planes: field p of word c holds dim `p * words + c`, so unpacking yields contiguous runs of dims
-and nothing is permuted; 3 bits are a 2-bit and a 1-bit array. Runs: word r holds the consecutive
-dims `r * fields ...`, the order in which a TPU widens int4. Both work on the last axis.
+In planes, field p of word c holds dim `p * words + c`, so unpacking a field of all words yields
+consecutive dims and nothing has to be permuted; 3-bit codes are a 2-bit and a 1-bit array. In runs,
+word r holds the consecutive dims from `r * fields` on, the order in which a TPU widens int4. Both
+pack the last axis.
 """
 
 import functools
@@ -12,11 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 
 WORDS = {8: jnp.dtype("uint8"), 16: jnp.dtype("uint16"), 32: jnp.dtype("uint32")}
-PARTS = {2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}  # widths stored, low bits of the code first
+# Bits of a code to the widths of the arrays that store it, the code's low bits first.
+PARTS = {2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}
 
 
 def check_packable(head_dim: int, bits: int, word_bits: int) -> None:
-    """Raises ValueError unless codes of one vector fill whole words."""
+    """Raises ValueError unless the codes of one vector fill whole words."""
     if bits not in PARTS:
         raise ValueError(f"{bits=} must be one of {tuple(PARTS)}.")
     if word_bits not in WORDS:
@@ -30,7 +32,7 @@ def check_packable(head_dim: int, bits: int, word_bits: int) -> None:
 
 
 def pack_planes(codes: jax.Array, bits: int, word_bits: int = 8) -> tuple[jax.Array, ...]:
-    """Words of the codes, one array a part (`PARTS`): `[..., head_dim * width / word_bits]`.
+    """Packs codes into words, one array `[..., head_dim * width / word_bits]` per width in `PARTS`.
 
     Args:
       codes: `u8[..., head_dim]`, below `2^bits`.
@@ -41,12 +43,12 @@ def pack_planes(codes: jax.Array, bits: int, word_bits: int = 8) -> tuple[jax.Ar
 
 
 def unpack_planes(words: tuple[jax.Array, ...], bits: int, dims_axis: int = -1) -> jax.Array:
-    """Codes `u8[..., head_dim]` of `pack_planes`' words.
+    """Inverse of `pack_planes`: codes `u8[..., head_dim]`.
 
     Args:
-      words: as `pack_planes` gives them, or with that axis moved to `dims_axis`.
+      words: as `pack_planes` gives them, or with their last axis moved to `dims_axis`.
       bits: 2, 3, 4 or 8.
-      dims_axis: -1, or -2 where another axis is the last; of the codes, too.
+      dims_axis: -1 or -2, the axis of words in `words` and of head_dim in the result.
     """
     return _unpack(words, bits, fields_axis=dims_axis - 1)
 
@@ -58,13 +60,13 @@ def pack_runs(codes: jax.Array, bits: int) -> tuple[jax.Array, ...]:
 
 
 def unpack_runs(words: tuple[jax.Array, ...], bits: int) -> jax.Array:
-    """Codes `u8[..., head_dim]` of `pack_runs`' words."""
+    """Inverse of `pack_runs`: codes `u8[..., head_dim]`."""
     codes = _unpack(words, bits, fields_axis=-1)
     return codes ^ np.uint8(8) if bits == 4 else codes
 
 
 def word_dims(head_dim: int, width: int, word_bits: int, *, runs: bool = False) -> np.ndarray:
-    """The dim in each field, `i32[words, fields]`: what a kernel permutes q or its output by."""
+    """The dim in each field, `i32[words, fields]`: the order in which a kernel sees dims."""
     fields = word_bits // width
     shape = (head_dim // fields, fields) if runs else (fields, head_dim // fields)
     dims = np.arange(head_dim, dtype=np.int32).reshape(shape)
@@ -72,26 +74,26 @@ def word_dims(head_dim: int, width: int, word_bits: int, *, runs: bool = False) 
 
 
 def pack_float16_pairs(low: jax.Array, high: jax.Array | None = None) -> jax.Array:
-    """`u32[...]` with one float16 (or uint8) in each half; `high=None` leaves zero bits."""
+    """Packs a float16 (or uint8) into each half of `u32[...]`; `high=None` leaves zero bits."""
     word = _half_bits(low)
     return word if high is None else word | _half_bits(high) << 16
 
 
 def unpack_float16_pairs(words: jax.Array, low_dtype, high_dtype=None) -> tuple[jax.Array, ...]:
-    """The halves as they were, low one first; one array if `high_dtype` is None."""
+    """Inverse of `pack_float16_pairs`, low half first; one array if `high_dtype` is None."""
     low = _from_half_bits(words & np.uint32(0xFFFF), low_dtype)
     return (low,) if high_dtype is None else (low, _from_half_bits(words >> 16, high_dtype))
 
 
 def pack_pair(low: jax.Array, high: jax.Array) -> jax.Array:
-    """Words twice as wide as two values of one dtype, float16 or uint8."""
+    """Packs pairs of values of one dtype, float16 or uint8, into words of twice the width."""
     bits = 8 * low.dtype.itemsize
     word = lambda x: jax.lax.bitcast_convert_type(x, WORDS[bits]).astype(WORDS[2 * bits])
     return word(low) | word(high) << bits
 
 
 def unpack_pair(words: jax.Array, dtype) -> tuple[jax.Array, jax.Array]:
-    """The values in `pack_pair`'s words."""
+    """Inverse of `pack_pair`: `(low, high)`."""
     bits = 8 * jnp.dtype(dtype).itemsize
     value = lambda x: jax.lax.bitcast_convert_type(x.astype(WORDS[bits]), dtype)
     return value(words), value(words >> bits)  # astype keeps the low bits

@@ -1,10 +1,9 @@
 """How one page of a codec's codes and factors lies in memory: the base of all layouts.
 
-A layout turns the logical record, keys and values of some heads over some tokens, into named
-arrays and back without loss. Pools add leading axes, `[layers, pages, ...]`. A layout does not
-know how many heads there are: it reads that from arrays, so it serves a pool that is sharded over
-heads as well as a whole one. A page's key mean belongs to no token: pools keep it as an array of
-its own.
+A layout turns a record (the quantized keys and values of some heads and tokens) into named arrays
+and back without loss. Pools add leading axes, `[layers, pages, ...]`. A layout does not store the
+number of heads: it reads that from the arrays, so it also serves a pool that is sharded over heads.
+A page's key mean belongs to no single token, so pools keep it as a separate array.
 """
 
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.codecs.codec import KVCodec, Quantized, TensorCodec
 
-MAX_WASTE = 1.05  # allocated over useful bytes
+MAX_WASTE = 1.05  # most allocated bytes per useful byte
 
 Arrays = dict[str, jax.Array]
 
@@ -26,16 +25,16 @@ def is_float8(tensor: TensorCodec) -> bool:
 
 
 def stored_dtype(tensor: TensorCodec) -> jnp.dtype:
-    """Dtype of codes that are kept unpacked: their own, but bytes for float8.
+    """Dtype in which unpacked codes are stored: their own, except that float8 is kept as uint8.
 
-    XLA has no scatter of float8: to write one token it would convert the whole pool and back, and
-    a bitcast around the scatter makes it copy a pool that a loop carries.
+    XLA has no float8 scatter: to write one token it would convert the whole pool and back. A
+    bitcast around the scatter does not help, as XLA then copies a pool that a loop carries.
     """
     return jnp.dtype("uint8") if is_float8(tensor) else tensor.codes_dtype
 
 
 def same_bits(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """`x` read as another dtype of its size."""
+    """The bits of `x` read as another dtype of the same size."""
     return x if x.dtype == dtype else jax.lax.bitcast_convert_type(x, dtype)
 
 
@@ -44,11 +43,11 @@ class PageLayout:
     """Base of all layouts.
 
     A record is `codes[..., kv_heads, tokens, head_dim]` with factors `[..., kv_heads, tokens]`;
-    `tokens` is `page_size`, or fewer where single tokens are written. Every word belongs to one
-    token, so writing a token reads nothing.
+    `tokens` is `page_size`, or fewer where single tokens are written. Every stored word belongs to
+    one token, so a token is written without reading what is there.
     """
 
-    dims_first: ClassVar[bool] = False  # how `gather` gives codes
+    dims_first: ClassVar[bool] = False  # whether `gather` puts head_dim before tokens
 
     codec: KVCodec
     head_dim: int
@@ -59,18 +58,18 @@ class PageLayout:
         raise NotImplementedError
 
     def kv_heads(self, arrays: Arrays) -> int:
-        """Heads that arrays hold, `[..., *shape of a page's]`, by their shapes."""
+        """Number of heads that `arrays` hold, read from their shapes; leading axes are ignored."""
         name, axis = next(iter(self.head_axes.items()))
         return arrays[name].shape[axis]
 
     @property
     def head_axes(self) -> dict[str, int]:
-        """Which (negative) axis of each array counts heads: the one to shard over."""
+        """The (negative) axis of each array that counts heads: the one to shard over."""
         raise NotImplementedError
 
     @property
     def token_axes(self) -> dict[str, int]:
-        """Which (negative) axis of each array of `pack` counts tokens."""
+        """The (negative) axis of each array of `pack` that counts tokens."""
         raise NotImplementedError
 
     def allocated_bytes(self, kv_heads: int) -> int:
@@ -78,13 +77,13 @@ class PageLayout:
         return sum(s.size * s.dtype.itemsize for s in self.arrays(kv_heads).values())
 
     def useful_bytes(self, kv_heads: int) -> int:
-        """The same by the codec's own count, without a page mean."""
+        """Bytes of one page by the codec's own count, without padding or page mean."""
         key, value = self.codec.key, self.codec.value
         token = key.bytes_per_token(self.head_dim) + value.bytes_per_token(self.head_dim)
         return token * kv_heads * self.page_size
 
     def check_waste(self, kv_heads: int) -> None:
-        """Raises ValueError where padding would take more than 5 % of a page of so many heads."""
+        """Raises ValueError if padding adds more than 5 % to a page of `kv_heads` heads."""
         allocated, useful = self.allocated_bytes(kv_heads), self.useful_bytes(kv_heads)
         if allocated > MAX_WASTE * useful:
             raise ValueError(
@@ -93,7 +92,7 @@ class PageLayout:
             )
 
     def pack(self, key: Quantized, value: Quantized) -> Arrays:
-        """Arrays of a record, shaped as `arrays` says, with its leading axes in front."""
+        """Packs a record into arrays shaped as `arrays` says, after the record's leading axes."""
         raise NotImplementedError
 
     def unpack(self, arrays: Arrays) -> tuple[Quantized, Quantized]:
@@ -103,7 +102,7 @@ class PageLayout:
     def gather(
         self, arrays: Arrays, layer: int | jax.Array, page: jax.Array
     ) -> tuple[Quantized, Quantized]:
-        """Pages side by side: codes `[batch, kv_heads, n, ...]`, factors `[..., n, tokens]`.
+        """Reads whole pages: codes `[batch, kv_heads, n, ...]`, factors `[..., n, tokens]`.
 
         The last axes of codes are `head_dim, tokens` if `dims_first`, else `tokens, head_dim`.
 
@@ -122,11 +121,11 @@ class PageLayout:
         page: jax.Array,
         slot: jax.Array,
     ) -> Arrays:
-        """Writes single tokens into pools; ids that are no page are skipped.
+        """Writes single tokens into pools; page ids outside the pool are skipped.
 
         Args:
           arrays: pools, each `[layers, pages, ...]`.
-          packed: `pack` of a record `[batch, kv_heads, tokens, head_dim]`.
+          packed: result of `pack` for a record `[batch, kv_heads, tokens, head_dim]`.
           layer: index, static or traced.
           page: `i32[batch, tokens]`.
           slot: `i32[batch, tokens]`, place in the page.
@@ -136,6 +135,6 @@ class PageLayout:
             pool, x = arrays[name], packed[name]
             place = [layer, page] + [slice(None)] * (pool.ndim - 2)
             place[pool.ndim + axis] = slot
-            # Indices apart from each other bring their axes to the front: [batch, tokens, ...].
+            # Index arrays with a slice between them put their axes in front: [batch, tokens, ...].
             new[name] = pool.at[tuple(place)].set(jnp.moveaxis(x, axis, 1), mode="drop")
         return new

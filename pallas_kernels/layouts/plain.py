@@ -1,4 +1,4 @@
-"""Page layout of exact values: keys and values as they are, one row per token."""
+"""Page layout of exact values: keys and values unquantized, one row per token."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ from pallas_kernels.layouts.page_layout import Arrays, PageLayout
 
 @dataclass(frozen=True, kw_only=True)
 class Plain(PageLayout):
-    """`k` and `v`, each `[kv_heads, page_size, head_dim]`, in the codec's float types."""
+    """Arrays `k` and `v`, each `[kv_heads, page_size, head_dim]`, in the codec's float types."""
 
     def __post_init__(self):
         if self.codec.lossy:

@@ -27,20 +27,22 @@ from pallas_kernels.layouts.page_layout import (
 
 
 class FactorPlace(NamedTuple):
-    """Where a factor of every token stands."""
+    """Where one of the factors is stored, for every token alike."""
 
     array: str
     row: int
-    half: int | None  # 0 for the low one of a pair; None if it stands alone
+    half: int | None  # 0 for the low half of a word, 1 for the high one; None for a whole word
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenMajor(PageLayout):
-    """`[kv_heads, tokens, words]` for each of keys and values, in planes (`packing`).
+    """Codes of keys and of values as `[kv_heads, tokens, words]`, packed in planes (`packing`).
 
-    Arrays are `k_codes`, `v_codes` (exact codes unpacked, in their own dtype; 8-bit ones too where
-    words are bytes, and float8 beside 32-bit words, all as bytes), `k_high`, `v_high` (third bit
-    of 3-bit codes), `factors_*` by dtype (`[words, kv_heads, tokens]`: `factor_places`).
+    Arrays:
+      k_codes, v_codes: packed codes. Exact values stay unpacked in their own dtype; 8-bit codes
+        stay unpacked bytes where words have 8 bits, float8 unless words have 16.
+      k_high, v_high: the third bits of 3-bit codes.
+      factors_*: `[rows, kv_heads, tokens]`, one array per dtype of words; see `factor_places`.
     """
 
     word_bits: int = 8
@@ -71,8 +73,9 @@ class TokenMajor(PageLayout):
     def factor_places(self) -> tuple[tuple[FactorPlace, ...], tuple[FactorPlace, ...]]:
         """Places of the keys' and of the values' factors, the same for every token.
 
-        A GPU waits for a load, whatever its width: a token's factors (the keys' first) share
-        words of two. Of an odd number the first, which is needed first, stands alone.
+        On a GPU a load's latency does not depend on its width, so the factors of a token (the
+        keys' first) share words in pairs. If their number is odd, the first has its own word,
+        because it is needed first.
         """
         keys, values = self.codec.key.factor_dtypes, self.codec.value.factor_dtypes
         places: dict[int, FactorPlace] = {}
@@ -128,7 +131,7 @@ class TokenMajor(PageLayout):
     def factor_words(
         self, key: tuple[jax.Array, ...], value: tuple[jax.Array, ...]
     ) -> dict[tuple[str, int], jax.Array]:
-        """Words of factors, shaped like them, by array and row (in order)."""
+        """Packs factors into words of the factors' shape; returns them by array and row."""
         parts: dict[tuple[str, int], list[jax.Array]] = {}
         for place, factor in zip(sum(self.factor_places, ()), (*key, *value), strict=True):
             parts.setdefault((place.array, place.row), []).append(factor)
@@ -155,7 +158,7 @@ class TokenMajor(PageLayout):
 
 
 def _flip(codes: jax.Array, tensor: TensorCodec, dtype) -> jax.Array:
-    """Signed codes with their top bit flipped, so that words hold `code + 128`; others as is."""
+    """Flips the top bit of signed codes, so that words hold `code + 128`; keeps other codes."""
     if tensor.codes_dtype != jnp.int8:
         return codes
     return jax.lax.bitcast_convert_type(

@@ -1,4 +1,4 @@
-"""Page layout for XLA on CPUs: bytes, tokens on the last axis."""
+"""Page layout for XLA on CPUs: codes in bytes, tokens on the last axis."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -13,11 +13,11 @@ from pallas_kernels.layouts.page_layout import Arrays, PageLayout, same_bits, st
 
 @dataclass(frozen=True, kw_only=True)
 class TokensLast(PageLayout):
-    """`[kv_heads, words, tokens]` for each of keys and values, planes of bytes (`packing`).
+    """Codes of keys and of values as `[kv_heads, words, tokens]`, in planes of bytes (`packing`).
 
-    The arrays of `TokenMajor` with the token axis last: every step of unpacking then runs along
-    whole rows of tokens, which vector units like, whatever the bits (3-bit codes read three
-    times as fast as from token-major bytes).
+    These are the arrays of `TokenMajor` with the token axis last. Every step of unpacking runs
+    along whole rows of tokens, which suits vector units for any number of bits: 3-bit codes read
+    three times as fast as from token-major bytes.
     """
 
     dims_first: ClassVar[bool] = True
@@ -89,7 +89,7 @@ class TokensLast(PageLayout):
     def _record(
         self, arrays: Arrays, side: str, tensor: TensorCodec, factor_axis: int = -3
     ) -> Quantized:
-        """Codes `[..., head_dim, tokens]` and the factors."""
+        """Unpacks one side into codes `[..., head_dim, tokens]` and factors."""
         codes = arrays[f"{side}_codes"]
         if tensor.bits in (2, 3, 4):
             words = [arrays[f"{side}_{n}"] for n in ("codes", "high")[: len(PARTS[tensor.bits])]]

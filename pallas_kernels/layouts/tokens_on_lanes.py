@@ -1,4 +1,4 @@
-"""Page layout for TPUs: a lane a token, so that no dimension is padded to 128 lanes."""
+"""Page layout for TPUs: one lane per token, so that no dimension is padded to 128 lanes."""
 
 from dataclasses import dataclass
 
@@ -23,14 +23,17 @@ _SUBLANES = 8  # rows of a 32-bit tile
 
 @dataclass(frozen=True, kw_only=True)
 class TokensOnLanes(PageLayout):
-    """`codes[rows, 128]`: a lane a token, page 128, all heads of a page contiguous.
+    """One lane per token: pages have 128 tokens, and all heads of a page are contiguous.
 
-    Rows of head h: key words, then value words (`packing.pack_runs`: word r of a nibble holds
-    dims 8r..8r+7 as `code - 8`; 3 bits are all 2-bit words, then all 1-bit words). 8-bit codes
-    are 4 to a word. `meta[rows, 128]` u32, of head h: key scale low and value scale high, then
-    the zeros there are, the key's first. An exact codec has `codes` of its own dtype, K rows then
-    V rows. Row counts are multiples of the tile's (1, 2, 4 or 8; 16 for 16-bit values), zeros
-    appended where they are not.
+    Arrays:
+      codes: `u32[rows, 128]`. Each head has rows of key words, then rows of value words, packed by
+        `packing.pack_runs`: word r of 4-bit codes holds dims 8r to 8r+7 as `code - 8`; 3-bit codes
+        are all 2-bit words, then all 1-bit words; a word holds four 8-bit codes. An exact codec
+        keeps its own dtype and has one row per dim, the key's first.
+      meta: `u32[rows, 128]`. Each head has a row with the key's scale in the low half and the
+        value's in the high half, then, if a codec has zeros, a row of them, the key's first.
+
+    Zero rows at the end pad the number of rows to what the TPU allocates (`tile_rows`).
     """
 
     page_size: int = LANES
@@ -56,7 +59,7 @@ class TokensOnLanes(PageLayout):
         return arrays
 
     def kv_heads(self, arrays: Arrays) -> int:
-        # Padding is less than the rows of one head wherever `check_waste` allows it.
+        # Division drops the padding: `check_waste` keeps it below the rows of one head.
         return arrays["codes"].shape[-2] // sum(self._code_rows)
 
     @property
@@ -113,7 +116,7 @@ class TokensOnLanes(PageLayout):
 
     @property
     def _code_rows(self) -> tuple[int, int]:
-        """Rows of one head: keys, values."""
+        """Rows of one head's key codes and of its value codes."""
         key, value = self.codec.key, self.codec.value
         if isinstance(key, Exact):
             return self.head_dim, self.head_dim
@@ -138,7 +141,10 @@ class TokensOnLanes(PageLayout):
 
 
 def tile_rows(rows: int, dtype: jnp.dtype) -> int:
-    """Rows allocated on TPU: whole tiles of 8 rows of 32 bits (16 of 16), or a power of two."""
+    """Rows that a TPU allocates for `rows`: whole tiles, or a power of two below one tile.
+
+    A tile has 8 rows of 32-bit values, 16 rows of 16-bit values.
+    """
     tile = _SUBLANES * 4 // dtype.itemsize
     small = 4 // dtype.itemsize  # fewer rows than this share a sublane
     if rows < tile:
@@ -147,8 +153,8 @@ def tile_rows(rows: int, dtype: jnp.dtype) -> int:
 
 
 def _words(tensor: TensorCodec, codes: jax.Array) -> jax.Array:
-    """`[..., rows]` of one vector's codes."""
-    if isinstance(tensor, Exact):  # as integers: copies of a float may change a NaN's bits
+    """Words of vectors' codes, `[..., rows]`."""
+    if isinstance(tensor, Exact):  # as integers, because copying floats may change a NaN's bits
         return jax.lax.bitcast_convert_type(codes, _integer(codes.dtype))
     if codes.dtype != jnp.uint8:
         codes = jax.lax.bitcast_convert_type(codes, jnp.uint8)

@@ -1,4 +1,4 @@
-"""Attention of the newest tokens over one segment: checks the call and picks who serves it."""
+"""The op `paged_attention`: checks a call and picks the backend that serves it."""
 
 from types import ModuleType
 
@@ -24,7 +24,7 @@ def choose(
     q_heads: int,
     platform: str | None = None,
 ) -> Backend:
-    """Which backend serves a call: the named one, or the platform's where it can.
+    """Which backend serves a call: the named one, or the platform's best.
 
     Args:
       backend: as given to `paged_attention`.
@@ -55,25 +55,26 @@ def paged_attention(
 ) -> Part:
     """Attends a few new tokens (decode, verify) or a chunk of them (prefill) to cached tokens.
 
-    Query `t` of a sequence stands at position `i = queries.start + t` and sees those keys of the
-    segment that `rule` says. Keys of the new tokens must have been written already.
-    Probabilities are `exp(s_j) / sum_j exp(s_j)`, with `s` scaled, then soft-capped. The result is
-    the segment's part: parts of other segments and a learned sink are merged into it
-    (`pallas_kernels.segment`).
+    Query `t` of a sequence stands at position `i = queries.start + t` and sees the keys of the
+    segment that `rule` allows. Keys of the new tokens must have been written already.
+    Probabilities are `exp(s_j) / sum_j exp(s_j)`; scores `s = scale * q.k` are soft-capped if
+    `soft_cap` is given. The result covers this segment only: merge it with the parts of other
+    segments and with a learned sink by `pallas_kernels.segment`.
 
     Args:
-      queries: not rotated by a codec.
+      queries: the new tokens' queries, not rotated by a codec.
       pages: the pools; their `kv_heads` divides `q_heads`.
-      segment: which pages of each sequence.
+      segment: which pages of each sequence are read.
       rule: which of their keys a query sees; static.
       layer: index into the pools' first axis, static or traced.
       scale: usually `head_dim ** -0.5`.
       soft_cap: bound on scores, `soft_cap * tanh(s / soft_cap)` (Gemma 2); None for none.
-      out_dtype: of `Part.out`; a part that will be merged wants float32.
-      backend: who computes; None picks by platform.
+      out_dtype: dtype of `Part.out`; use float32 for a part that will be merged.
+      backend: "gpu", "xla" or "reference"; None picks by platform.
 
     Returns:
-      `out`, shaped like `queries.q`, and `lse`. Rows that see nothing give 0 and `-inf`.
+      `out`, shaped like `queries.q`, and `lse`, `f32[batch, q_tokens, q_heads]`. Rows that see
+      nothing give 0 and `-inf`.
 
     Raises:
       ValueError: shapes disagree, or the rule makes no sense.

@@ -44,9 +44,9 @@ def paged_attention(
 
 
 def _read(pages: Pages, layer, table, start, stop) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Keys, values `[batch, entries, kv_heads, head_dim]` and their numbers, -1 outside."""
+    """Keys and values `[batch, entries, kv_heads, head_dim]`, and entry numbers, -1 if outside."""
     page_size, width = pages.dims["page_size"], table.shape[1]
-    # The only logical page that a slot of the ring can hold, counting from the segment's first.
+    # The one page in first .. first + width - 1 that each slot of the ring can hold.
     first = (start // page_size)[:, None]
     logical = first + (jnp.arange(width, dtype=jnp.int32)[None] - first) % width
     slot = jnp.arange(page_size, dtype=jnp.int32)[None, None]
@@ -62,7 +62,7 @@ def _read(pages: Pages, layer, table, start, stop) -> tuple[jax.Array, jax.Array
 
 
 def _dequantized(pages: Pages, layer, page) -> tuple[jax.Array, jax.Array]:
-    """Keys and values of whole pages as the model would have them, `f32`."""
+    """Keys and values of whole pages, dequantized and rotated back, `f32`."""
     codec = pages.layout.codec
     key, value = pages.layout.unpack({name: x[layer, page] for name, x in pages.arrays.items()})
     k = codec.key.dequantize(key)

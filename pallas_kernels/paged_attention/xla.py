@@ -1,9 +1,9 @@
-"""Paged attention in plain JAX: the real path on CPU, and the fallback-free twin of the kernels.
+"""Paged attention in plain JAX: used on CPUs, and wherever no kernel serves a call.
 
-A loop over blocks of pages with an online softmax. Its trip count is the number of blocks that
-some query can see: cost follows the live length and the window, not the table's width. Coded
+It loops over blocks of pages with an online softmax. The loop runs over the blocks that some query
+can see, so its cost depends on the live length and the window, not on the table's width. Coded
 pages are attended as codes: the query is rotated once, factors are folded into scores and
-probabilities, the output is rotated back once.
+probabilities, and the output is rotated back once.
 """
 
 import dataclasses
@@ -18,9 +18,10 @@ from pallas_kernels.rule import Rule
 from pallas_kernels.segment import NOTHING_SEEN, Part, Queries, Segment, Spans, seen_spans
 from pallas_kernels.shapes import cdiv
 
-# Keys per loop step, measured on a CPU: a few queries want few steps, a chunk little masked waste.
+# Keys per loop step, measured on a CPU: with a few queries the number of steps matters, with a
+# chunk of them the work on masked keys.
 DECODE_BLOCK, PREFILL_BLOCK = 256, 128
-DECODE_TOKENS = 8  # most query tokens that count as decode (with drafts to verify)
+DECODE_TOKENS = 8  # most query tokens that count as decode (drafts to verify included)
 
 
 def refusal(**call) -> None:
@@ -44,7 +45,7 @@ def paged_attention(
     kv_heads, page_size = pages.dims["kv_heads"], pages.dims["page_size"]
     group = q_heads // kv_heads
     codec = pages.layout.codec
-    # [batch, kv_heads, group * q_tokens, head_dim]: all rows that read the same keys, together.
+    # [batch, kv_heads, group * q_tokens, head_dim]: all rows that read the same keys side by side.
     rows = queries.q.reshape(batch, q_tokens, kv_heads, group, head_dim).transpose(0, 2, 3, 1, 4)
     rows = rows.reshape(batch, kv_heads, group * q_tokens, head_dim).astype(jnp.float32) * scale
     rows = codec.key.rotate(rows)
@@ -57,8 +58,8 @@ def paged_attention(
         score = _scores(rows, keys)
         if soft_cap is not None:
             score = soft_cap * jnp.tanh(score / soft_cap)
-        # A branch, since most blocks of a long sequence need no mask, and since XLA's CPU code
-        # would otherwise work the rule out again, unvectorised, in each of the mask's readers.
+        # A branch, because most blocks of a long sequence need no mask, and because XLA on CPUs
+        # would otherwise recompute the mask, unvectorised, in every operation that uses it.
         score, values = jax.lax.cond(
             jnp.all(sees), lambda score, values, sees: (score, values), _hide, score, values, sees
         )
@@ -90,20 +91,23 @@ def paged_attention(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Blocks:
-    """Blocks of pages to read: pages are numbered with the sink pages first, then the run's."""
+    """Blocks of pages to read. A sequence's pages are numbered sink pages first, then the run's."""
 
     queries: Queries
     segment: Segment
-    rule: Rule  # that the masks apply
+    rule: Rule  # for the masks
     spans: Spans
-    sink_pages: jax.Array  # i32[batch], sink pages that are read
+    sink_pages: jax.Array  # i32[batch], number of sink pages that are read
     page_size: int
-    pages: int  # per block
-    count: jax.Array  # i32[]
-    only_one: bool  # a block holds all pages there can be: no loop
+    pages: int  # pages per block
+    count: jax.Array  # i32[], number of blocks
+    only_one: bool  # whether one block holds all pages there can be, so that no loop is needed
 
     def find(self, step) -> tuple[jax.Array, jax.Array]:
-        """A block's page ids, `i32[batch, pages]`, and `bool[batch, q_tokens, entries]` to see."""
+        """A block's page ids, `i32[batch, pages]`, and its mask, `bool[batch, q_tokens, entries]`.
+
+        `step` is the block's number; the mask says which query sees which entry.
+        """
         segment, run, sinks = self.segment, self.spans.run, self.spans.sinks
         ordinal = step * self.pages + jnp.arange(self.pages, dtype=jnp.int32)[None]
         first = run.start // self.page_size
@@ -128,7 +132,7 @@ class Blocks:
 
 
 def _plan_blocks(queries: Queries, segment: Segment, rule: Rule, page_size: int) -> Blocks:
-    """Cuts what some query sees into blocks."""
+    """Cuts the pages that some query sees into blocks."""
     spans = seen_spans(queries, segment, rule, page_size)
     q_tokens, width = queries.q.shape[1], segment.table.shape[1]
     start, stop = spans.run
@@ -147,7 +151,7 @@ def _plan_blocks(queries: Queries, segment: Segment, rule: Rule, page_size: int)
     return Blocks(
         queries=queries,
         segment=segment,
-        # The span of a single query says all that a lag says.
+        # For a single query the span already applies the lag.
         rule=rule if q_tokens > 1 else dataclasses.replace(rule, lag=None),
         spans=spans,
         sink_pages=sink_pages,
@@ -159,18 +163,18 @@ def _plan_blocks(queries: Queries, segment: Segment, rule: Rule, page_size: int)
 
 
 class Vectors(NamedTuple):
-    """Keys or values of a block: `scale * x + zero`, with a mean's share of scores for keys."""
+    """Keys or values of a block, `scale * x + zero`; for keys, also the scores of their mean."""
 
-    # f32[batch, kv_heads, tokens, head_dim] of exact values, and of codes page by page with the
-    # dims first: f32[batch, kv_heads, block, head_dim, page_size].
+    # Exact values are f32[batch, kv_heads, tokens, head_dim]. Levels of codes are kept page by page
+    # with head_dim before tokens: f32[batch, kv_heads, block, head_dim, page_size].
     x: jax.Array
     scale: jax.Array | None = None  # f32[batch, kv_heads, tokens]
-    zero: jax.Array | None = None
+    zero: jax.Array | None = None  # like scale
     bias: jax.Array | None = None  # f32[batch, kv_heads, rows, tokens], added to scores
 
 
 def _read(pages: Pages, layer, page: jax.Array, rows: jax.Array) -> tuple[Vectors, Vectors]:
-    """Keys and values of `page`, `i32[batch, block]`: levels of the codes, and factors apart."""
+    """Reads keys and values of `page`, `i32[batch, block]`: levels of codes and their factors."""
     layout = pages.layout
     key, value = layout.gather(pages.arrays, layer, page)
     bias = None
@@ -194,7 +198,7 @@ def _read(pages: Pages, layer, page: jax.Array, rows: jax.Array) -> tuple[Vector
 
 
 def _scores(rows: jax.Array, keys: Vectors) -> jax.Array:
-    """`f32[batch, kv_heads, rows, tokens]`."""
+    """Scores of queries and keys, `f32[batch, kv_heads, rows, tokens]`."""
     if keys.x.ndim == 4:
         score = jnp.einsum("bhrd,bhkd->bhrk", rows, keys.x, precision="highest")
     else:  # [batch, kv_heads, block, head_dim, page_size]
@@ -220,12 +224,12 @@ def _weighted_sum(p: jax.Array, values: Vectors) -> jax.Array:
 
 
 def _hide(score: jax.Array, values: Vectors, sees: jax.Array) -> tuple[jax.Array, Vectors]:
-    """Masks scores that `sees`, `bool[batch, q_tokens, keys]`, forbids, and values nobody sees."""
+    """Masks scores that `sees`, `bool[batch, q_tokens, keys]`, forbids; zeroes unseen values."""
     group = score.shape[2] // sees.shape[1]
     score = jnp.where(jnp.tile(sees, (1, group, 1))[:, None], score, -jnp.inf)
     used = jnp.any(sees, axis=1)[:, None]  # [batch, 1, keys]
 
-    def hide(x):  # what nobody sees may be NaN, and 0 * NaN is NaN
+    def hide(x):  # a value that no query sees may be NaN, and 0 * NaN is NaN
         if x.ndim == 3:
             return jnp.where(used, x, 0.0)
         if x.ndim == 4:

@@ -1,4 +1,4 @@
-"""Checks a call and picks who serves it."""
+"""The op `quantize_pages`: checks a call and picks the backend that serves it."""
 
 from types import ModuleType
 
@@ -26,11 +26,11 @@ def quantize_pages(
 
     Args:
       coded: pages of codes with as many layers as `exact`; donate them for an update in place.
-      exact: pages of values; every token of a wanted page must stand in it.
+      exact: pages of values; a wanted page must be complete.
       layer: index into the pools' first axis, static or traced; None for all layers.
-      source: `i32[n]`, page ids.
-      target: `i32[n]`, page ids, different where wanted.
-      wanted: `bool[n]`; the others cost nothing.
+      source: `i32[n]`, page ids in `exact`.
+      target: `i32[n]`, page ids in `coded`, all different where wanted.
+      wanted: `bool[n]`; entries that are not wanted cost nothing.
       backend: None picks by platform.
 
     Returns:
@@ -51,14 +51,15 @@ def quantize_pages(
 
 
 def choose(backend: Backend | None, coded: Pages, *, platform: str | None = None) -> Backend:
-    """Who quantizes into such pages: the named backend, or the platform's best.
+    """Which backend quantizes into such pages: the named one, or the platform's best.
 
     Args:
-      backend: None picks.
+      backend: None picks by platform.
       coded: shapes and dtypes are enough.
       platform: "cpu", "gpu" or "tpu"; None asks JAX.
 
     Raises:
-      NotImplementedError: the named backend does not serve them; says why.
+      ValueError: no such backend.
+      NotImplementedError: the named backend does not serve such pages; the message says why.
     """
     return choose_backend("quantize_pages", backend, BACKENDS, platform, coded=coded)

@@ -1,7 +1,7 @@
-"""The NVIDIA kernel: one launch for all layers, programs for each kv head that share the pages.
+"""The NVIDIA kernel: one launch for all layers; for each kv head, programs share out the pages.
 
-They pass over pages that are not wanted. With the others they do in registers what the codecs
-define: rotation by a dot with the matrix, code search, factors, the page's mean, packing.
+Programs skip pages that are not wanted. For the others they compute in registers: the rotation (a
+dot with its matrix), the code search, factors, the page's mean, and the packed words.
 """
 
 import dataclasses
@@ -21,8 +21,9 @@ from pallas_kernels.shapes import Operand
 from pallas_kernels.triton.rotation import sign_matrix, times_signs
 
 WARPS = 8
-# Programs to start: each takes 2 ns even if nothing is wanted, and a few hundred run at once, so
-# more would not be faster. As many lanes as that allows share out the list of pages.
+# Programs to start. Each takes 2 ns even if nothing is wanted, and only a few hundred run at once,
+# so more would not be faster. Divided by layers and kv heads it gives the number of lanes, programs
+# that share out the list of pages.
 PROGRAMS = 2048
 PAGE_SIZES = (16, 32, 64, 128)
 HEAD_DIMS = (64, 128, 256)
@@ -51,26 +52,26 @@ def refusal(coded: Pages) -> str | None:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """Read by the kernel; None where a codec has no use for an array."""
+    """Arrays that the kernel reads; None where the codec needs no such array."""
 
     layer: Operand  # i32[1], the first layer
-    source: Operand  # i32[n], page ids
-    target: Operand  # i32[n]
-    wanted: Operand  # i32[turns, lanes], entry `turn * lanes + lane` of the list; 0 for no
+    source: Operand  # i32[n], page ids of the exact pool
+    target: Operand  # i32[n], page ids of the coded pool
+    wanted: Operand  # i32[turns, lanes], entry `turn * lanes + lane` of the list; 0 if not wanted
     k: Operand  # [layers, pages, kv_heads, page_size, head_dim]
     v: Operand  # like k
     k_rotation: Operand | None  # bf16[head_dim, head_dim], +-1
     v_rotation: Operand | None  # like k_rotation
-    pre_scales: Operand  # f32[trials], tried by the code search
+    pre_scales: Operand  # f32[trials], scales that the code search tries
     static_mean: Operand | None  # f16[layers, 1, kv_heads, head_dim]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Pools:
-    """Written in place."""
+    """Arrays that the kernel writes in place."""
 
-    arrays: dict[str, Operand]  # by the layout's names, each [layers, pages, ...]
+    arrays: dict[str, Operand]  # named as in the layout, each [layers, pages, ...]
     page_mean: Operand | None  # f16[layers, pages, kv_heads, head_dim]
 
 
@@ -82,7 +83,8 @@ def quantize_pages(coded: Pages, exact: Pages, *, layer, source, target, wanted)
     layers = coded.dims["layers"] if layer is None else 1
     n = source.shape[0]
     lanes = min(n, max(1, PROGRAMS // (layers * coded.dims["kv_heads"])))
-    turns = pl.next_power_of_2(pl.cdiv(n, lanes))  # of a lane; Triton knows no other sizes
+    # Entries per lane; Triton loads a column of `wanted`, whose size must be a power of two.
+    turns = pl.next_power_of_2(pl.cdiv(n, lanes))
     per_page = codec.key_mean == "page"
     inputs = Inputs(
         layer=jnp.asarray(0 if layer is None else layer, jnp.int32).reshape(1),
@@ -121,7 +123,7 @@ def _rotation(tensor: TensorCodec, head_dim: int) -> jax.Array | None:
 
 
 def _pre_scales(codec: KVCodec) -> tuple[float, ...]:
-    """The scales that either side's search tries; both try the same."""
+    """The scales that the search of keys or values tries; both sides try the same ones."""
     sides = (codec.key, codec.value)
     searched = (t.pre_scales for t in sides if isinstance(t, TurboQuant) and t.search)
     return next(searched, (1.0,))
@@ -136,13 +138,14 @@ def _kernel(inputs: Inputs, _old: Pools, pools: Pools, *, layout: TokenMajor):
         quantize = lambda: _quantize_page(inputs, pools, layout, layer, h, i)
         pl.when(inputs.wanted[turn, lane] != 0)(quantize)
 
-    @pl.when(jnp.max(inputs.wanted[:, lane]) != 0)  # one load; the loop waits for each
+    # A single load skips lanes that have nothing to do; the loop waits for a load in each turn.
+    @pl.when(jnp.max(inputs.wanted[:, lane]) != 0)
     def _():
         jax.lax.fori_loop(0, inputs.wanted.shape[0], visit, None)
 
 
 def _quantize_page(inputs: Inputs, pools: Pools, layout: TokenMajor, layer, h, i):
-    """Entry `i` of the list, for one layer and kv head."""
+    """Quantizes entry `i` of the list, for one layer and kv head."""
     source, target = inputs.source[i], inputs.target[i]
     codec = layout.codec
     k = inputs.k[layer, source, h]  # [page_size, head_dim]
@@ -181,7 +184,7 @@ def _quantize_page(inputs: Inputs, pools: Pools, layout: TokenMajor, layer, h, i
 
 
 def _quantize(tensor, x, mean, rotation, pre_scales):
-    """The codec's `quantize` of `[tokens, head_dim]`, its codes as `i32` that words can hold."""
+    """The codec's `quantize` of `[tokens, head_dim]`: codes as `i32`, not negative, and factors."""
     if rotation is None:
         record = tensor.quantize(x, mean)
         codes = record.codes.astype(jnp.int32)
@@ -194,7 +197,7 @@ def _quantize(tensor, x, mean, rotation, pre_scales):
 
 
 def _search(tensor, z, pre_scales):
-    """`nearest_codes` with a loop over the scales: one trial at a time in registers."""
+    """`TurboQuant.nearest_codes` as a loop over the scales, so registers hold one trial only."""
 
     def attempt(i, state):
         best, chosen = state
@@ -208,7 +211,7 @@ def _search(tensor, z, pre_scales):
 
 
 def _pack(codes, width: int, words: int):
-    """The low `width` bits of `i32[tokens, head_dim]` in planes: `i32[tokens, words]`."""
+    """Packs the low `width` bits of `i32[tokens, head_dim]` in planes: `i32[tokens, words]`."""
     tokens, head_dim = codes.shape
     fields = head_dim // words
     codes = (codes & (2**width - 1)).reshape(tokens, fields, words)

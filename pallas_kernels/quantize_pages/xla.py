@@ -1,4 +1,4 @@
-"""A loop over the wanted pages alone: most steps have none, and then it costs next to nothing."""
+"""Plain JAX: a loop over wanted pages only; it costs next to nothing in steps that have none."""
 
 import dataclasses
 
@@ -7,8 +7,8 @@ import jax.numpy as jnp
 
 from pallas_kernels.pages import Pages
 
-# Pages of a layer that one turn of the loop takes. A CPU takes them one by one: the code search
-# makes arrays twelve times a page's size, which then stay in its cache.
+# Pages that one turn of the loop quantizes. In the CPU's layout a turn takes one page: the code
+# search makes arrays of twelve times a page's size, which then fit into the CPU's cache.
 BLOCK = 32
 
 
@@ -24,8 +24,8 @@ def quantize_pages(coded: Pages, exact: Pages, *, layer, source, target, wanted)
     layers = coded.dims["layers"] if layer is None else 1
     count = jnp.sum(wanted, dtype=jnp.int32) * layers
     (order,) = jnp.nonzero(wanted, size=wanted.size, fill_value=0)
-    # One entry more than needed: a list of one would make the loop's body invariant, and XLA would
-    # hoist it out of a loop that most steps never enter.
+    # The lists are padded by one entry: with a single entry the loop's body would be invariant, and
+    # XLA would hoist it out of a loop that most steps never enter.
     sources, targets = (jnp.append(pages[order], 0) for pages in (source, target))
 
     def quantize_block(i, coded):
@@ -54,7 +54,7 @@ def quantize_pages(coded: Pages, exact: Pages, *, layer, source, target, wanted)
         if coded.layout.codec.key_mean == "page":
             mean = coded.layout.codec.key_page_mean(k)
             key_mean = put(coded.key_mean, mean)
-        elif key_mean is not None:  # a static one
+        elif key_mean is not None:  # a static mean
             mean = key_mean[own, 0]
         record = quantize_page(coded.layout, k, read(exact.arrays["v"]), mean)
         arrays = {name: put(coded.arrays[name], x) for name, x in record.items()}
@@ -64,7 +64,7 @@ def quantize_pages(coded: Pages, exact: Pages, *, layer, source, target, wanted)
 
 
 def quantize_page(layout, k: jax.Array, v: jax.Array, mean: jax.Array | None):
-    """Packed arrays of pages `[..., kv_heads, page_size, head_dim]`, with their stored mean."""
+    """Quantizes and packs pages `[..., kv_heads, page_size, head_dim]`; `mean` as it is stored."""
     codec = layout.codec
     removed = None if mean is None else codec.key.unrotate(mean)[..., None, :]
     return layout.pack(codec.key.quantize(k, removed), codec.value.quantize(v))

@@ -1,1 +1,1 @@
-"""Parts that the Triton kernels of several ops share."""
+"""Code that the Triton kernels of several ops share."""

@@ -1,8 +1,9 @@
 """Rotation of vectors by a codec's matrix of signs, on the matrix units of NVIDIA GPUs.
 
-Where `head_dim` is a power of two the matrix is +-1 beside one factor, and +-1 is exact in
-bfloat16: a float32 vector in three parts of 8 bits is rotated as precisely as by a float32 product
-(from 1e-33 to 1e36). XLA's takes twice as long, with what it leaves outside: scale, range, cast.
+Where `head_dim` is a power of two, the rotation matrix is a matrix of +-1 times one factor. +-1 is
+exact in bfloat16, so a float32 vector, split into three bfloat16 parts of 8 bits, is rotated as
+precisely as by a float32 product (for magnitudes from 1e-33 to 1e36). XLA's rotation takes twice as
+long, because scaling, clipping and casting are separate steps there.
 """
 
 import functools
@@ -14,9 +15,10 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-FEW_ROWS = 8192  # up to so many, programs of 16 rows fill a large GPU no more than a few times
-COLUMNS = 64  # of a program
-PARTS = {"bfloat16": 1, "float16": 2}  # of 8 bits that make up a value; others have 3
+# Up to this many rows a program takes 16 of them: a large GPU is then filled a few times at most.
+FEW_ROWS = 8192
+COLUMNS = 64  # most output columns per program
+PARTS = {"bfloat16": 1, "float16": 2}  # 8-bit parts that make up a value; other dtypes have 3
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 Transform = Callable[[jax.Array], jax.Array]
@@ -35,11 +37,11 @@ def rotate_rows(
 
     Args:
       x: `[..., head_dim]`, any float dtype.
-      transform: linear, a codec's `rotate` or `unrotate`. One whose matrix is not made of signs is
-        called as it is.
-      scale: of the result.
-      limit: largest magnitude; None for any.
-      out_dtype: of the result.
+      transform: linear, a codec's `rotate` or `unrotate`. It is called in plain JAX if its matrix
+        is not one of signs.
+      scale: factor of the result.
+      limit: largest magnitude of the result; None for no limit.
+      out_dtype: dtype of the result.
       interpret: run on the CPU.
     """
     head_dim = x.shape[-1]
@@ -63,8 +65,8 @@ def rotate_rows(
 
 
 def sign_matrix(transform: Transform, head_dim: int) -> jax.Array | None:
-    """`bf16[head_dim, head_dim]`, a rotation times `sqrt(head_dim)`; None unless that is +-1."""
-    with jax.ensure_compile_time_eval():  # a constant, not work for each step
+    """A rotation's matrix times `sqrt(head_dim)`, `bf16`; None unless all its values are +-1."""
+    with jax.ensure_compile_time_eval():  # a constant of the program, not computed at each step
         matrix = np.asarray(transform(jnp.eye(head_dim, dtype=jnp.float32)))
         if not np.allclose(np.abs(matrix) * head_dim**0.5, 1, atol=1e-3):
             return None
@@ -96,6 +98,6 @@ def _kernel(x_ref, matrix_ref, out_ref, *, rows: int, columns: int, scale: float
         y = jnp.clip(y, -limit, limit)
     column = start + jnp.arange(columns, dtype=jnp.int32)
     real = jnp.broadcast_to((row < n)[:, None], y.shape)
-    # Rows past the end are out of bounds: the interpreter writes back what it masks.
+    # Rows past the end must be out of bounds: the interpreter writes to masked places, too.
     place = (jnp.broadcast_to(i, y.shape) for i in (row[:, None], column[None]))
     plgpu.store(out_ref.at[tuple(place)], y.astype(out_ref.dtype), mask=real)

@@ -1,4 +1,4 @@
-"""Checks a call and picks who serves it."""
+"""The op `write_pages`: checks a call and picks the backend that serves it."""
 
 from types import ModuleType
 
@@ -26,14 +26,14 @@ def write_pages(
     """Stores token `t` of sequence `b` at slot `slot[b, t]` of page `page[b, t]`.
 
     Args:
-      pages: pools; donate them for an update in place. Exact ones round to their dtype, coded
-        ones quantize each token by itself, so they must not have a page mean.
+      pages: pools; donate them for an update in place. Exact pages round values to their dtype;
+        coded pages quantize each token by itself, so their codec must not have `key_mean="page"`.
       k: `[batch, tokens, kv_heads, head_dim]`.
       v: like `k`.
       layer: index into the pools' first axis, static or traced.
       page: `i32[batch, tokens]`, page ids.
-      slot: `i32[batch, tokens]`, places in the page; no place is written twice.
-      writes: `bool[batch, tokens]`; nothing is written elsewhere.
+      slot: `i32[batch, tokens]`, places in the page; no place may be named twice.
+      writes: `bool[batch, tokens]`, which tokens are written.
       backend: None picks by platform.
 
     Returns:
@@ -58,15 +58,15 @@ def write_pages(
 
 
 def choose(backend: Backend | None, pages: Pages, *, platform: str | None = None) -> Backend:
-    """Who writes into such pages: the named backend, or the platform's best.
+    """Which backend writes into such pages: the named one, or the platform's best.
 
     Args:
-      backend: None picks.
+      backend: None picks by platform.
       pages: shapes and dtypes are enough.
       platform: "cpu", "gpu" or "tpu"; None asks JAX.
 
     Raises:
       ValueError: no such backend.
-      NotImplementedError: the named backend does not serve them; says why.
+      NotImplementedError: the named backend does not serve such pages; the message says why.
     """
     return choose_backend("write_pages", backend, BACKENDS, platform, pages=pages)

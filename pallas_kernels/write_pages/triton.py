@@ -1,7 +1,7 @@
-"""The NVIDIA kernel: keys and values of all sequences' new tokens in one launch, exact pools only.
+"""The NVIDIA kernel: writes the new tokens of all sequences in one launch, exact pages only.
 
-A token's heads are one row of `kv_heads * head_dim` numbers, so any number of heads of any size
-fills whole vectors. It copies and rounds; where a token goes has been decided before.
+A token's heads form one row of `kv_heads * head_dim` numbers, so heads of any number and size fill
+whole vectors.
 """
 
 import dataclasses
@@ -21,16 +21,16 @@ DTYPES = ("bfloat16", "float16", "float32")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WriteConfig:
-    """What one program stores of keys, and as much of values: changes speed, never results."""
+    """Tile of keys that one program writes, and of values as well: changes speed, never results."""
 
     tokens: int
-    columns: int  # at most, of a token's row
+    columns: int  # most columns of a token's row
     warps: int
 
 
-# Decode and drafts: many short programs, 32 bytes a thread. Chunks of prompts: fewer programs, as
-# starting one costs about as much as such a thread's work.
-FEW_TOKENS = 1024  # of all sequences
+# Decode and drafts take many short programs of 32 bytes per thread. Chunks of prompts take fewer
+# and longer ones, because starting a program costs about as much as a short one's work.
+FEW_TOKENS = 1024  # new tokens of all sequences, up to which FEW is used
 FEW = WriteConfig(tokens=1, columns=512, warps=1)
 MANY = WriteConfig(tokens=8, columns=512, warps=4)
 
@@ -80,11 +80,11 @@ def write_pages(pages: Pages, k, v, *, layer, page, slot, writes) -> Pages:
 
 def _kernel(
     layer_ref,  # i32[1]
-    page_ref,  # i32[tokens]; one past the last page writes nothing
+    page_ref,  # i32[tokens]; the number of pages for tokens that are not written
     slot_ref,  # i32[tokens]
     kv_ref,  # [2, tokens, kv_heads * head_dim]
-    _old_k_ref,  # the pools' own memory
-    _old_v_ref,
+    _old_k_ref,  # same memory as k_pages
+    _old_v_ref,  # same memory as v_pages
     k_pages_ref,  # [layers, pages, kv_heads, page_size, head_dim]
     v_pages_ref,  # like k_pages
     *,
@@ -94,14 +94,15 @@ def _kernel(
     pages, head_dim = k_pages_ref.shape[1], k_pages_ref.shape[4]
     token = pl.program_id(1) * tile[0] + jnp.arange(tile[0], dtype=jnp.int32)
     column = pl.program_id(0) * tile[1] + jnp.arange(tile[1], dtype=jnp.int32)
-    # lax: floor division of signed numbers has branches, which hide that columns are contiguous.
+    # Not `//`: floor division of signed numbers has branches, so Triton would not see that columns
+    # are contiguous.
     head, dim = jax.lax.div(column, head_dim), jax.lax.rem(column, head_dim)
     page = plgpu.load(page_ref.at[token], mask=token < tokens, other=pages)
     slot = plgpu.load(slot_ref.at[token], mask=token < tokens, other=0)
     token, page, slot = (jnp.broadcast_to(x[:, None], tile) for x in (token, page, slot))
     column, head, dim = (jnp.broadcast_to(x[None], tile) for x in (column, head, dim))
     inside = (token < tokens) & (column < width)
-    # All loads before the first store: the compiler must not move a load over one.
+    # All loads come before the first store, because the compiler cannot move a load over a store.
     layer = layer_ref[0]
     new = [plgpu.load(kv_ref.at[side, token, column], mask=inside) for side in range(2)]
     for x, pool in zip(new, (k_pages_ref, v_pages_ref), strict=True):

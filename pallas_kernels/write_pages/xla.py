@@ -1,4 +1,4 @@
-"""Scatters; rows that must not be written are sent out of range and dropped."""
+"""Plain JAX scatters; rows that must not be written are sent out of range and dropped."""
 
 import dataclasses
 
@@ -17,7 +17,7 @@ def write_pages(pages: Pages, k, v, *, layer, page, slot, writes) -> Pages:
     """See `api.write_pages`."""
     page = jnp.where(writes, page, pages.dims["pages"])
     layout, codec = pages.layout, pages.layout.codec
-    # [batch, kv_heads, tokens, head_dim], as layouts have it.
+    # [batch, kv_heads, tokens, head_dim], the order of a layout's record.
     k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
     mean: jax.Array | None = pages.means(layer, jnp.zeros((1,), jnp.int32))
     if mean is not None:  # [1, kv_heads, 1, head_dim]

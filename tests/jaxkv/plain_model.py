@@ -1,4 +1,4 @@
-"""A model that has what `jaxkv.Model` says and nothing else, and its formula in numpy."""
+"""A model that has the members of `jaxkv.Model` and no others, and its formula in numpy."""
 
 import dataclasses
 

@@ -1,4 +1,6 @@
-"""Run by test_shard_map.py on two virtual devices: `attend` with kv heads split equals it whole.
+"""Checks on two virtual devices that `attend` with split kv heads equals the unsharded result.
+
+test_shard_map.py runs this file in a process of its own.
 
 Usage: python -m tests.jaxkv.sharded_attend CODEC
 """

@@ -1,4 +1,4 @@
-"""The allocator does what a list of free pages and a count of references do."""
+"""The allocator behaves like a list of free pages and a dict of reference counts."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from jaxkv.allocator import NULL_PAGE, allocate, create_pool, release, retain
 
 PAGES = 9
-CALL = 6  # entries that one call may name
+CALL = 6  # entries per call
 OPS = {op.__name__: jax.jit(op, donate_argnames="pool") for op in (allocate, retain, release)}
 
 

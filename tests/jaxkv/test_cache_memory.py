@@ -1,4 +1,4 @@
-"""A donated cache is updated in place, however the layers are looped, and windows bound it."""
+"""A donated cache is updated in place, however layers are looped, and windows bound its pages."""
 
 import dataclasses
 import functools
@@ -110,7 +110,7 @@ def test_step_makes_no_copy_of_the_pool(steps, layers, tokens):
 
 
 def coded(name, recent_pages):
-    """BIG with coded pages, of sequences so long that its pools of codes are large."""
+    """BIG with coded pages, and with sequences long enough that its pools of codes are large."""
     codec = dataclasses.replace(get_codec(name), recent_pages=recent_pages)
     wide = dataclasses.replace(WITH_SINKS, codec=codec, window=250_000)
     layers = (dataclasses.replace(FULL, codec=codec), wide) * 2
@@ -150,7 +150,10 @@ STREAMED = CacheConfig(
 
 @functools.partial(jax.jit, donate_argnames="cache")
 def stream(cache, keys):
-    """One token a step, sequence 1 at every other; returns the pages in use after each step."""
+    """Adds one token per step to sequence 0, and to sequence 1 at every other step.
+
+    Returns the cache, the last outputs, and the pages in use after each step.
+    """
 
     def body(carry):
         step, cache, _, used = carry
@@ -179,7 +182,8 @@ def test_stream_of_any_length_runs_in_constant_pages():
     assert [store.tables.ring.shape[1] for store in cache.stores] == [5, 5]
     assert [store.pages.dims["pages"] for store in cache.stores] == [1 + 2 * 5, 1 + 2 * (5 + 1)]
 
-    period = np.asarray(used)[256:-8].reshape(-1, 32, 2)  # 32 steps are whole pages of both
+    # In 32 steps each sequence fills a whole number of pages.
+    period = np.asarray(used)[256:-8].reshape(-1, 32, 2)
     np.testing.assert_array_equal(period, np.broadcast_to(period[0], period.shape))
     assert period.max(axis=(0, 1)).tolist() == [2 * 5, 2 * (5 + 1)]
 

@@ -1,6 +1,6 @@
 """Attention over coded pages equals the formula on fake-quantized keys and values, pair by pair.
 
-Which pairs are read as codes is a statement about positions: how tokens came in must not matter.
+Positions alone decide which pairs are read as codes; how many tokens a step adds must not matter.
 """
 
 import dataclasses

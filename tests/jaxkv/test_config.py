@@ -1,4 +1,4 @@
-"""A configuration that can't be is refused by name and value; sizes follow from the rest."""
+"""An invalid configuration is refused by name and value; a valid one implies the stores' sizes."""
 
 import dataclasses
 import re
@@ -82,7 +82,7 @@ def test_ring_holds_the_window_and_the_newest_step_at_any_alignment(n, page_size
     spec = dataclasses.replace(FULL, window=window)
     config = make_config(spec, max_tokens=None, max_new_tokens=n, page_size=page_size)
     most = 0
-    for start in range(page_size):  # of the window of the step's first token
+    for start in range(page_size):  # start of the window of the step's first token
         most = max(most, len({j // page_size for j in range(start, start + window - 1 + n)}))
     (store,) = config.stores
     assert store.width == most == -(-(window + n - 2) // page_size) + 1

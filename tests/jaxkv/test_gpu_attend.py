@@ -1,6 +1,6 @@
-"""The cache with the GPU kernel: the same meaning as with any backend, interpreted on a CPU.
+"""The cache with the GPU kernel gives the same results as with any backend.
 
-With a GPU the same steps run compiled (pytest -m gpu).
+On a CPU the kernel is interpreted; with a GPU the same steps run compiled (pytest -m gpu).
 """
 
 import contextlib
@@ -42,7 +42,7 @@ def kernels(request):
     interprets = request.param == "interpret"
     with interpret_kernels() if interprets else contextlib.nullcontext():
         yield
-    jax.clear_caches()  # what was traced interpreted must not be called outside
+    jax.clear_caches()  # functions that were traced interpreted must not be called outside
 
 
 @pytest.mark.slow
@@ -53,8 +53,8 @@ def test_the_gpu_backend_through_the_cache(case, kernels):
     if (recent_pages := case.pop("recent_pages", None)) is not None:
         codec = dataclasses.replace(codec, recent_pages=recent_pages)
     options = {name: case.pop(name) for name in ("sinks", "soft_cap") if name in case}
-    # float32 beside codes: values of few bits tie in the code search, and which of two codes wins
-    # then hangs on the order of a sum.
+    # Exact pages beside codes are float32: values of few bits tie in the code search, and then it
+    # depends on the order of a sum which of two codes wins.
     case = {"dtype": "float32"} | case
     spec = LayerSpec(kv_heads=2, head_dim=HEAD_DIM, codec=codec, **case)
     config = CacheConfig(

@@ -1,4 +1,4 @@
-"""What a `Keep` makes of a model's own layers."""
+"""How `Keep.apply` changes the specs of a model's own layers."""
 
 import dataclasses
 

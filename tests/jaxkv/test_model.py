@@ -1,4 +1,4 @@
-"""What `Model` says is enough: a model that has just that runs through the whole library."""
+"""A model that has the members of `Model` and no others runs through the whole library."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The jitted steps: each row by its own limits, and nothing but the device in a block."""
+"""The jitted steps: each row has its own limits, and a block runs without the host."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""The GPU kernel writes the codes and factors that plain XLA writes, into wanted pages alone."""
+"""The GPU kernel writes the codes and factors that plain XLA writes, into wanted pages only."""
 
 import contextlib
 import dataclasses
@@ -23,12 +23,12 @@ WANTED = jnp.array([True, False, True])
 def kernels(request):
     with interpret_kernels() if request.param == "interpret" else contextlib.nullcontext():
         yield
-    if jax.default_backend() == "gpu":  # elsewhere nothing compiled follows
-        jax.clear_caches()  # what was traced interpreted must not be called outside
+    if jax.default_backend() == "gpu":  # without a GPU no test runs compiled kernels afterwards
+        jax.clear_caches()  # functions that were traced interpreted must not be called outside
 
 
 def make_pages(name, head_dim, max_tokens=64, dtype="bfloat16"):
-    """Pages to fill, old content that shows, and exact pages of random keys and values."""
+    """Coded pages of ones, to be overwritten, and exact pages of random keys and values."""
     codec = get_codec(name)
     codec = dataclasses.replace(codec, recent_pages=max(codec.recent_pages, 1))
     spec = LayerSpec(kv_heads=KV_HEADS, head_dim=head_dim, codec=codec, dtype=dtype)
@@ -38,7 +38,7 @@ def make_pages(name, head_dim, max_tokens=64, dtype="bfloat16"):
     means = [np.full((KV_HEADS, head_dim), 0.5, np.float32)] * LAYERS
     newest, codes = KVCache.create(config, key_means=means).stores
     keys = jax.random.split(jax.random.key(7), 2)
-    # Channels with a mean, and a token of zeros.
+    # Channels have a mean of 3, and token 5 of every page is zero.
     draw = lambda key: 3 + jax.random.normal(key, newest.pages.arrays["k"].shape, dtype)
     k, v = (draw(key).at[:, :, :, 5].set(0) for key in keys)
     old = jax.tree.map(jnp.ones_like, codes.pages)
@@ -55,7 +55,7 @@ def assert_quantizes_as_xla(old, exact, *, layer, source, target, wanted):
         x, y, before = map(np.asarray, (x, y, before))
         np.testing.assert_array_equal(y[~touched], before[~touched])
         assert (y[touched] != before[touched]).mean() > 0.5
-        # Sums in another order: a code at a threshold or the last bit of a factor may differ.
+        # Sums differ in their order, so a code at a threshold or a factor's last bit may differ.
         assert (x != y).mean() < 5e-3
     for a, b in zip(old.layout.unpack(want.arrays), old.layout.unpack(got.arrays), strict=True):
         for x, y in zip(a.factors, b.factors, strict=True):
@@ -65,7 +65,8 @@ def assert_quantizes_as_xla(old, exact, *, layer, source, target, wanted):
 NAMES = ("tq4", "tq3", "tq2", "4bit_nc", "3bit_nc", "int8")
 
 
-# Each codec at both sizes, for one layer and for all: the layer is an index, no part of a tile.
+# Each codec at both sizes, once for one layer and once for all of them. Not every combination is
+# needed, because the layer is only an index and not part of a tile.
 @pytest.mark.parametrize(
     "name, head_dim, layer",
     [
@@ -82,7 +83,7 @@ def test_pages_of_the_kernel_are_those_of_xla(name, head_dim, layer, kernels):
 @pytest.mark.parametrize("name, n", [("int8", 1), ("int8", 8), ("int8", 11), ("tq4", 11)])
 def test_programs_take_several_pages_of_the_list(name, n, kernels, monkeypatch):
     monkeypatch.setattr(triton, "PROGRAMS", 8 * LAYERS * KV_HEADS)
-    # Of eight lanes: both pages of two of them, one of one, the first or the second.
+    # There are eight lanes. Of 11 entries, lanes 0 and 2 have two wanted pages, others one or none.
     wanted = jnp.array([1, 0, 1, 0, 1, 0, 0, 0, 1, 1, 1], bool)[:n]
     i = jnp.arange(n, dtype=jnp.int32)
     pages = make_pages(name, 64, max_tokens=96)
@@ -91,7 +92,7 @@ def test_programs_take_several_pages_of_the_list(name, n, kernels, monkeypatch):
 
 @pytest.mark.parametrize("name", ["tq4", "int8"])
 def test_codes_are_chosen_against_the_stored_factors(name):
-    """XLA may drop a cast to float16 and back: compiled codes are those of stepwise numpy casts."""
+    """Compiled codes equal those of stepwise numpy casts, though XLA may drop casts to float16."""
     tensor = get_codec(name).key if name == "int8" else get_codec("4bit_nc").value
     x = np.random.default_rng(0).standard_normal((64, 128)).astype(np.float32)
     codes, (scale, zero) = jax.tree.map(np.asarray, jax.jit(tensor.quantize)(x))

@@ -41,7 +41,7 @@ def sees(rule: Rule, i: int, g: int) -> bool:
 
 
 def queries():
-    """First position and number of queries."""
+    """Pairs of the first query's position and the number of queries."""
     return itertools.product((0, 1, 3, 4, 5, 17, 31, 40), (1, 2, 5, 9))
 
 
@@ -62,7 +62,7 @@ def test_a_lag_does_not_hide_pinned_entries():
 
 @by_rule
 def test_bounds_hold_what_some_query_sees_and_no_more_at_their_ends(rule):
-    gaps = rule.window is not None and rule.sink_tokens  # sinks are left to the mask
+    gaps = rule.window is not None and rule.sink_tokens  # bounds do not leave out such a gap
     for start, count in queries():
         seen = [g for g in range(ENTRIES) if any(sees(rule, start + t, g) for t in range(count))]
         low, high = rule.seen_by_some(*(jnp.int32(x) for x in (start, count, 0, ENTRIES)))

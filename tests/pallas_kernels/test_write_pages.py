@@ -1,4 +1,4 @@
-"""The GPU kernel stores what plain XLA stores, bit by bit, and nothing else; it copies no pool.
+"""The GPU kernel stores the same bits as plain XLA and nothing else, and it copies no pool.
 
 On a CPU the kernel is interpreted; with a GPU the same cases run compiled (pytest -m gpu).
 """
@@ -25,12 +25,12 @@ LAYERS, PAGE_SIZE, BATCH = 2, 16, 3
 def kernels(request):
     with interpret_kernels() if request.param == "interpret" else contextlib.nullcontext():
         yield request.param
-    if jax.default_backend() == "gpu":  # elsewhere nothing compiled follows
-        jax.clear_caches()  # what was traced interpreted must not be called outside
+    if jax.default_backend() == "gpu":  # without a GPU no test runs compiled kernels afterwards
+        jax.clear_caches()  # functions that were traced interpreted must not be called outside
 
 
 def make_case(tokens, kv_heads, head_dim, dtype="bfloat16", new_dtype="float32", seed=0):
-    """Pools of NaN, new keys and values, and a place of its own for each token, shuffled."""
+    """Pools of NaN, new keys and values, and a random place for each token that is written."""
     rng = np.random.default_rng(seed)
     pages = 2 + -(-BATCH * tokens // PAGE_SIZE)
     shape = (LAYERS, pages, kv_heads, PAGE_SIZE, head_dim)
@@ -39,7 +39,7 @@ def make_case(tokens, kv_heads, head_dim, dtype="bfloat16", new_dtype="float32",
     place = rng.permutation(pages * PAGE_SIZE)[: BATCH * tokens].reshape(BATCH, tokens)
     writes = rng.random((BATCH, tokens)) < 0.7
     writes.flat[:2] = True, False
-    place = np.where(writes, place, place[0, 0])  # what must not be written names one that is
+    place = np.where(writes, place, place[0, 0])  # tokens not to be written name a written place
     where = dict(
         page=jnp.asarray(place // PAGE_SIZE, jnp.int32),
         slot=jnp.asarray(place % PAGE_SIZE, jnp.int32),
@@ -86,7 +86,7 @@ def test_keys_and_values_of_unlike_types(kernels):
 
 
 def step(pools, k, v, where, backend):
-    """Every layer's write in a scan; the pools are donated."""
+    """Writes every layer in a scan."""
 
     def body(pools, layer):
         return write_pages(pools, k, v, layer=layer, **where, backend=backend), None

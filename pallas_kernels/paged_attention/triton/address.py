@@ -1,4 +1,4 @@
-"""Where a block's tokens stand in the pools, and how a kernel loads their rows."""
+"""Where a block's tokens are in the pools, and how a kernel loads their rows."""
 
 import dataclasses
 from typing import Any
@@ -10,28 +10,28 @@ from jax.experimental.pallas import triton as plgpu
 
 
 def along(x, axis: int):
-    """A vector as a matrix whose `axis` it runs along; scalars stay as they are."""
+    """Makes a vector a matrix that varies along `axis`; leaves scalars unchanged."""
     return x if jnp.ndim(x) == 0 else x[:, None] if axis == 0 else x[None, :]
 
 
 @dataclasses.dataclass(frozen=True)
 class Address:
-    """Where a block's tokens stand: one page and a slice of it, or a page and a slot per token."""
+    """Where a block's tokens are: one page and a slice of it, or a page and a slot per token."""
 
-    layer: Any
-    head: Any
-    page: Any  # i32[] or i32[tokens]
-    slot: Any  # pl.ds or i32[tokens]
+    layer: Any  # i32[]
+    head: Any  # i32[], kv head
+    page: Any  # i32[] or i32[tokens], page ids
+    slot: Any  # pl.ds or i32[tokens], places in the page
     tokens: int
-    place: Any  # the page's slot in the table, shaped like page
-    inside: Any = None  # bool[tokens] of those that may be read; None for all
+    place: Any  # like page, the slot of the page table that names the page
+    inside: Any = None  # bool[tokens], which tokens may be read; None for all
 
     def load(self, ref, columns, *, dims_first: bool = False) -> jax.Array:
-        """`[tokens, columns]`, or with `dims_first` the other way round; zero where not inside.
+        """Loads `[tokens, columns]`, or `[columns, tokens]` with `dims_first`; zero if not inside.
 
         `columns` is `pl.ds` or `i32[columns]`. With `dims_first` words are loaded in that order,
-        not transposed afterwards: 16-bit values then leave shared memory as the matrix units want
-        them (ldmatrix), while a transpose would write them to shared memory again.
+        not transposed afterwards: 16-bit values then go from shared memory to the matrix units in
+        the order these need (ldmatrix), while a transpose would write them to shared memory again.
         """
         if isinstance(columns, pl.Slice) and jnp.ndim(self.page) == 0 and not dims_first:
             at = ref.at[self.layer, self.page, self.head, self.slot, columns]
@@ -50,14 +50,14 @@ class Address:
         return self._load(at, ref.dtype, shape, axis)
 
     def load_factor(self, ref, row: int) -> jax.Array:
-        """`[tokens]`, words as stored; zero where not inside."""
+        """Loads row `row` of factor words, `[tokens]`, as stored; zero where not inside."""
         at = ref.at[self.layer, self.page, jnp.full((), row, jnp.int32), self.head, self.slot]
         return self._load(at, ref.dtype, (self.tokens,))
 
     def _load(self, at, dtype, shape, axis: int = 0):
-        """Loads with the mask that there is; `axis` is the tokens'."""
+        """Loads, masked by `inside` if there is a mask; tokens are on `axis`."""
         if self.inside is None:
             return plgpu.load(at)
         inside = self.inside if len(shape) == 1 else along(self.inside, axis)
-        # No arithmetic could hide a NaN of the values afterwards: 0 * NaN is NaN.
+        # The load itself must hide what is outside: it may be NaN, and 0 * NaN is NaN.
         return plgpu.load(at, mask=jnp.broadcast_to(inside, shape), other=jnp.zeros((), dtype))

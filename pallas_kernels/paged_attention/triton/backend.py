@@ -1,4 +1,4 @@
-"""What the Triton kernels serve, and which way a call takes: a few query tokens, or a chunk."""
+"""Which calls the Triton kernels serve, and whether a call has a few query tokens or is a chunk."""
 
 import jax
 import jax.numpy as jnp
@@ -10,16 +10,16 @@ from pallas_kernels.pages import Pages
 from pallas_kernels.rule import Rule
 from pallas_kernels.segment import Part, Queries, Segment
 
-MOST_TOKENS = 8  # query tokens of decode and verify; a longer run is a chunk
+MOST_TOKENS = 8  # most query tokens of decode and verify; more are a chunk
 STATIC = ("rule", "scale", "soft_cap", "out_dtype", "interpret")
 
-# Functions of their own: traced and lowered once for all layers of a model that are alike.
+# Jitted here, so that they are traced and lowered once for all layers of a model that are alike.
 _attend_few = jax.jit(call.paged_attention, static_argnames=STATIC)
 _attend_chunk = jax.jit(chunks.paged_attention, static_argnames=STATIC)
 
 
 def is_chunk(pages: Pages, *, q_tokens: int, q_heads: int) -> bool:
-    """Whether query tokens are cut into blocks: they are many, or too many for one program."""
+    """Whether a call's query tokens are cut into blocks, because there are too many of them."""
     rows = q_tokens * (q_heads // pages.dims["kv_heads"])
     return q_tokens > MOST_TOKENS or rows > call.MOST_ROWS
 
@@ -28,14 +28,14 @@ def refusal(pages: Pages, *, q_tokens: int, q_heads: int) -> str | None:
     """Why this backend does not serve a call, in words; None if it does.
 
     Args:
-      pages: as the op takes them; shapes and dtypes are enough.
+      pages: the op's pages; shapes and dtypes are enough.
       q_tokens: query tokens per sequence.
       q_heads: query heads.
     """
     chunk = is_chunk(pages, q_tokens=q_tokens, q_heads=q_heads)
     is_plain = isinstance(pages.layout, Plain)
     if chunk and is_plain and pages.arrays["k"].dtype == jnp.float32:
-        # Tiles of so many rows need more shared memory than there is, and no matrix unit helps.
+        # A chunk's float32 tiles need more shared memory than there is, and no matrix unit helps.
         return f"float32 pages, {q_tokens=}: the GPU kernel serves up to {MOST_TOKENS} of them"
     group = q_heads // pages.dims["kv_heads"]
     return call.refusal(pages, q_tokens=1 if chunk else q_tokens, group=group)

@@ -1,4 +1,4 @@
-"""The tokens of an item, a block at a time: where they stand, and which of them count."""
+"""The tokens of an item, block by block: where they are, and which of them some query sees."""
 
 import dataclasses
 from typing import Any
@@ -16,39 +16,39 @@ from pallas_kernels.segment import Span
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-    """One piece of work of a program: ordinal pages `start <= o < stop` of sequence `b`'s span."""
+    """One piece of a program's work: pages `start <= ordinal < stop` of sequence `b`'s span."""
 
-    b: jax.Array
-    start: jax.Array
-    stop: jax.Array
+    b: jax.Array  # i32[]
+    start: jax.Array  # i32[]
+    stop: jax.Array  # i32[]
     span: SpanPages
-    part: jax.Array | None  # number of the part it gives; None where sequences are never cut
+    part: jax.Array | None  # number of the part that it yields; None where sequences are never cut
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Blocks:
-    """An item's blocks. Tokens are counted from the item's first page, `length` lie in the span."""
+    """An item's blocks: tokens are counted from the beginning of the item's first page."""
 
     refs: Inputs
     case: Case
-    size: int  # tokens of a block
-    head: Any
-    layer: Any
-    b: jax.Array
+    size: int  # tokens per block
+    head: Any  # i32[], kv head
+    layer: Any  # i32[]
+    b: jax.Array  # i32[], sequence
     span: SpanPages
     seen: Span  # positions of the run that some query sees
-    sinks: Span | None  # the same of the sink pages' table
-    base: jax.Array  # the item's first token among those of the span's pages
-    first: jax.Array  # its position
-    length: jax.Array
+    sinks: Span | None  # positions in pinned sink pages that some query sees
+    base: jax.Array  # i32[], number of the item's first token among the tokens of the span's pages
+    first: jax.Array  # i32[], position of the item's first token
+    length: jax.Array  # i32[], the item's tokens up to the end of the span
 
     @property
     def count(self) -> jax.Array:
-        """Blocks with a token in the span."""
+        """Number of blocks with a token in the span."""
         return pl.cdiv(jnp.maximum(self.length, 0), self.size)
 
     def look_up(self, i):
-        """Page id of a block, or of each of its tokens where a block spans pages."""
+        """Page id of block `i`, or of each of its tokens if a block is larger than a page."""
         _, slot = self._find(i)
         return self.refs.table[self.b, slot]
 
@@ -68,15 +68,16 @@ class Blocks:
             if masked:
                 tokens = i * self.size + jnp.arange(self.size, dtype=jnp.int32)
                 inside = inside & (tokens < self.length)
-                page = jnp.where(inside, page, 0)  # past its end the table may hold anything
+                page = jnp.where(inside, page, 0)  # past the span the table may hold anything
         mask = inside if masked else None
         address = Address(self.layer, self.head, page, slot, self.size, place, mask)
         return address, positions, inside
 
     def _find(self, i):
-        """Position of a block's first token and its page's slot of the table; or of every token.
+        """Position of block `i`'s first token, and the slot of its page in the table.
 
-        Past the item's end, too, the slot is one of the table's.
+        Returns both for every token if a block is larger than a page. The slot is a valid one past
+        the item's end, too.
         """
         token = self.base + i * self.size
         if self.case.page_size < self.size:
@@ -97,7 +98,7 @@ class Blocks:
 def blocks_of(
     item: Item, refs: Inputs, case: Case, *, size: int, head, layer, seen: Span
 ) -> Blocks:
-    """The blocks of `size` tokens of an item of one kv head."""
+    """Cuts an item into blocks of `size` tokens, for one kv head."""
     b, span = item.b, item.span
     base = item.start * case.page_size
     first = span.position(base, case.page_size)
@@ -124,6 +125,6 @@ def blocks_of(
 
 
 def _ordinal(kv_stop, span: SpanPages, case: Case):
-    """How many tokens of the ordinals' pages lie before `kv_stop`."""
+    """Number of tokens of the span's pages that lie before position `kv_stop`."""
     stop = kv_stop - span.first * case.page_size
     return stop if span.gap is None else stop - span.gap * case.page_size

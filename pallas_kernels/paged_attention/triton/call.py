@@ -1,4 +1,4 @@
-"""One call of the attention kernel: operands prepared, launched, and results put in order."""
+"""One call of the attention kernel: prepares operands, launches it, and puts results in order."""
 
 import functools
 
@@ -35,7 +35,7 @@ from pallas_kernels.triton.rotation import rotate_rows
 
 HEAD_DIMS = (64, 80, 96, 128, 192, 256)
 PAGE_SIZES = (16, 32, 64, 128)
-MOST_ROWS = 128  # query heads of a kv head times query tokens
+MOST_ROWS = 128  # most query rows per kv head: its query heads times query tokens
 
 
 def paged_attention(
@@ -51,7 +51,9 @@ def paged_attention(
     interpret: bool = False,
     config: DecodeConfig | None = None,
 ) -> Part:
-    """See `api.paged_attention`; up to `MOST_ROWS` query rows per kv head.
+    """See `api.paged_attention`; serves up to `MOST_ROWS` query rows per kv head.
+
+    `config` replaces the tile sizes that `tiles` would choose.
 
     Raises:
       NotImplementedError: a shape or codec that this kernel does not serve.
@@ -119,7 +121,7 @@ def paged_attention(
 
 
 def refusal(pages: Pages, *, q_tokens: int, group: int) -> str | None:
-    """Why this kernel does not serve a call, with name and value; None if it does."""
+    """Why this kernel does not serve a call, in words; None if it does."""
     head_dim, page_size = pages.dims["head_dim"], pages.dims["page_size"]
     try:
         _readers(pages)
@@ -134,21 +136,21 @@ def refusal(pages: Pages, *, q_tokens: int, group: int) -> str | None:
     if group * q_tokens > MOST_ROWS:
         return f"{group=}, {q_tokens=}: their product exceeds {MOST_ROWS}"
     for name, array in pages.arrays.items():
-        # Pallas counts elements in 32 signed bits up to 4 GiB.
+        # Pallas indexes pools of up to 4 GiB by signed 32-bit numbers.
         if array.dtype.itemsize == 1 and 2**31 < array.size <= 2**32:
             return f"{name}.size={array.size}: 2 to 4 GiB of 1-byte values are not served"
     return None
 
 
 def default_config(pages: Pages, *, rows: int, window: int | None = None) -> DecodeConfig:
-    """Tile sizes that `paged_attention` takes by itself for `rows` query rows per kv head."""
+    """Tile sizes that `paged_attention` uses by default for `rows` query rows per kv head."""
     return choose_config(*_readers(pages), rows, window)
 
 
 def _make_case(
     queries: Queries, pages: Pages, segment: Segment, rule: Rule, scale, soft_cap, interpret, config
 ) -> tuple[Case, DecodeConfig]:
-    """Static facts of a call, and its tile sizes: `config` or those that were measured."""
+    """Static facts of a call, and its tile sizes: `config`, or the measured ones if it is None."""
     _, q_tokens, q_heads, _ = queries.q.shape
     k, v = _readers(pages)
     group = q_heads // pages.dims["kv_heads"]
@@ -174,7 +176,7 @@ def _make_case(
 
 
 def _readers(pages: Pages) -> tuple[Reader, Reader]:
-    """Readers of keys and values.
+    """Readers of keys and of values.
 
     Raises:
       NotImplementedError: a layout or codec that the kernel does not read.
@@ -193,7 +195,7 @@ def _readers(pages: Pages) -> tuple[Reader, Reader]:
 
 
 def _whole_table(queries: Queries, segment: Segment, rule: Rule, case: Case):
-    """The table with sink pages in front, and the most pages that a sequence reads of it."""
+    """The table with sink pages in front, and the most pages that one sequence reads."""
     most_pages = segment.table.shape[1]
     seen_pages = rule.most_pages(queries.q.shape[1], case.page_size)
     if seen_pages is not None and (segment.sinks is not None or not rule.sink_tokens):
@@ -205,14 +207,14 @@ def _whole_table(queries: Queries, segment: Segment, rule: Rule, case: Case):
 
 
 def _stored(arrays: dict[str, jax.Array], *sides: Reader) -> dict:
-    """The pools as the kernel reads them, and the shifts of words that hold a third bit."""
+    """Operands of `Inputs` that depend on the readers: pools in the kernel's dtypes, and shifts."""
     stored: dict = dict(pools=dict(arrays))
     for side, reader in zip("kv", sides, strict=True):
         if isinstance(reader, PlanesReader):
             if reader.shifts.any():
                 stored[f"{side}_shifts"] = jnp.asarray(reader.shifts)
         elif arrays[reader.arrays[0]].dtype != reader.stored:
-            [name] = reader.arrays  # float8 that is kept as bytes
+            [name] = reader.arrays  # float8, which pools keep as bytes
             stored["pools"][name] = jax.lax.bitcast_convert_type(arrays[name], reader.stored)
     return stored
 
@@ -220,7 +222,7 @@ def _stored(arrays: dict[str, jax.Array], *sides: Reader) -> dict:
 def _launch(
     inputs: Inputs, case: Case, config: DecodeConfig, programs: int, *, out_dtype, interpret: bool
 ) -> Outputs:
-    """Runs the kernel: results of whole sequences, and unless there is no work list, parts."""
+    """Runs the kernel: returns results of whole sequences and, with a work list, parts to merge."""
     batch, _, q_heads, head_dim = inputs.q.shape
     kv_heads = q_heads // case.group
     part = part_lse = None
@@ -244,7 +246,7 @@ def _launch(
 
 
 def _merged(new: Outputs, work: WorkList | None, interpret: bool) -> tuple[jax.Array, jax.Array]:
-    """Results of all sequences, in the kernel's order of dims."""
+    """Outputs and lse of all sequences, parts merged; dims still in the value reader's order."""
     if work is None or new.part is None or new.part_lse is None:
         return new.out, new.lse
     where = work.first_part, work.part_count
@@ -252,5 +254,5 @@ def _merged(new: Outputs, work: WorkList | None, interpret: bool) -> tuple[jax.A
 
 
 def _permute(x: jax.Array, dims: np.ndarray) -> jax.Array:
-    """Picks `dims` of the last axis; nothing where they are in order already."""
+    """Puts the last axis in the order `dims`; does nothing if it is in that order."""
     return x if np.array_equal(dims, np.arange(x.shape[-1])) else x[..., dims]

@@ -1,4 +1,4 @@
-"""Static facts of a call that its kernels share, beside the tile sizes."""
+"""Static facts of a call that all its kernels share; tile sizes are in `tiles`."""
 
 import dataclasses
 
@@ -12,29 +12,29 @@ from pallas_kernels.rule import Rule
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
-    """What a call reads, and by which rule."""
+    """What a call reads, how, and by which rule."""
 
     k: Reader
     v: Reader
-    k_factors: tuple[FactorPlace, ...]
-    v_factors: tuple[FactorPlace, ...]
+    k_factors: tuple[FactorPlace, ...]  # scale, then zero if there is one; () for exact pages
+    v_factors: tuple[FactorPlace, ...]  # like k_factors
     page_size: int
     group: int  # query heads per kv head
     q_tokens: int
-    score_scale: float  # of scores, log2(e) included, as far as q does not hold it already
+    score_scale: float  # factor of scores, log2(e) included; 1 where q has been scaled by it
     rule: Rule
-    sink_pages: int  # slots of the table before the ring's
+    sink_pages: int  # slots of the table that stand before the ring
     soft_cap: float | None
     asm: bool  # compiled for a GPU, with inline PTX; not interpreted
 
     @property
     def rows(self) -> int:
-        """Query rows of a kv head."""
+        """Query rows per kv head."""
         return self.group * self.q_tokens
 
     @property
     def masks_rows(self) -> bool:
-        """Whether rows see different keys of a span."""
+        """Whether some row may fail to see some key of the span."""
         return self.rule.needs_mask(self.q_tokens)
 
     def find_span(self, bounds: Bounds) -> SpanPages:
@@ -42,7 +42,7 @@ class Case:
         return span_pages(bounds, self.rule, self.page_size)
 
     def table_slot(self, logical, table_ref):
-        """Where the table has a logical page: sink pages stand before the ring."""
+        """The table's slot for a logical page; slots of sink pages come before the ring."""
         width = table_ref.shape[1]
         if not self.sink_pages:
             return logical % width

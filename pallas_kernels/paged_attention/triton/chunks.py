@@ -1,8 +1,8 @@
-"""Chunks of a prompt on NVIDIA GPUs: blocks of query tokens, each a sequence to the kernel.
+"""Chunks of a prompt on NVIDIA GPUs: blocks of query tokens, each its own sequence to the kernel.
 
-A block has as many rows (query tokens times the heads of a kv head) as fill a tile of the tensor
-cores. What it reads is narrowed to what its own tokens see, so causality, a window and a page lag
-save work block by block, and a block of padding costs nothing.
+A block has as many rows (query tokens times query heads per kv head) as fill a tile of the tensor
+cores. It reads only the pages that its own tokens see, so causality, a window and a page lag save
+work block by block, and a block of padding costs nothing.
 """
 
 import jax
@@ -18,8 +18,8 @@ MOST_BLOCKS = 2**16 - 1  # CUDA's bound on a grid's second axis
 
 
 def block_tokens(group: int, head_dim: int) -> int:
-    """Query tokens of a block."""
-    # Outputs of wide heads would not fit into registers otherwise.
+    """Query tokens per block."""
+    # Wide heads get half as many rows: their outputs would not fit into registers otherwise.
     rows = call.MOST_ROWS if head_dim <= 128 else call.MOST_ROWS // 2
     return max(1, rows // group)
 
@@ -27,7 +27,11 @@ def block_tokens(group: int, head_dim: int) -> int:
 def paged_attention(
     queries: Queries, pages: Pages, segment: Segment, *, rule: Rule, **options
 ) -> Part:
-    """See `api.paged_attention`; `options` are the kernel's, which takes them as they are."""
+    """See `api.paged_attention`; `options` are passed on to `call.paged_attention`.
+
+    Raises:
+      NotImplementedError: more blocks than one launch takes.
+    """
     batch, q_tokens, q_heads, head_dim = queries.q.shape
     size = min(q_tokens, block_tokens(q_heads // pages.dims["kv_heads"], head_dim))
     blocks = -(-q_tokens // size)

@@ -1,4 +1,4 @@
-"""The attention kernel: a program's share of the pages, sequence by sequence, and its stores."""
+"""The attention kernel: a program attends its share of the pages, sequence by sequence."""
 
 import functools
 
@@ -22,7 +22,7 @@ from pallas_kernels.segment import NOTHING_SEEN
 
 
 def decode_kernel(refs: Inputs, outputs: Outputs, *, case: Case, config: DecodeConfig):
-    """One program: a sequence, or its stretch of all sequences' pages, one after the other.
+    """One program: attends one sequence or, with a work list, its stretch of all sequences' pages.
 
     The grid is (kv_heads, programs).
     """
@@ -52,9 +52,9 @@ def _attend(refs: Inputs, outputs: Outputs, h, item: Item, *, case: Case, config
 
 
 def _store(outputs: Outputs, h, item: Item, attention: ItemAttention, state: State):
-    """Stores outputs and log-sum-exps of the rows.
+    """Stores outputs and log-sum-exps of an item's rows.
 
-    A sequence's only part is its result, and is not merged.
+    If the item is its sequence's only part, they are the result; otherwise, a part to be merged.
     """
     case, axes, rows = attention.case, attention.axes, attention.rows
     m, l = state.m - attention.offset, axes.total(state.l)
@@ -63,7 +63,7 @@ def _store(outputs: Outputs, h, item: Item, attention: ItemAttention, state: Sta
     total = jnp.where(seen, l, 1.0)
     norm = jnp.where(seen, 1.0 / total, 0.0)
     row = jnp.arange(rows, dtype=jnp.int32)
-    # Padding rows are masked, and out of bounds as well: the interpreter would store them.
+    # Padding rows are masked and also out of bounds: the interpreter writes to masked places, too.
     real = row < case.rows
     lse = jnp.where(seen, m + jnp.log2(total), NOTHING_SEEN)
     natural = jnp.where(seen, lse * LN2, -jnp.inf)
@@ -94,5 +94,5 @@ def _store(outputs: Outputs, h, item: Item, attention: ItemAttention, state: Sta
 
 
 def _spread(x, shape):
-    """A row's number at each of its columns."""
+    """Repeats a vector over rows along the columns of a tile."""
     return jnp.broadcast_to(x[:, None], shape)

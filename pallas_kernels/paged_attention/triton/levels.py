@@ -1,8 +1,8 @@
-"""Levels of packed codes as a kernel computes them: polynomials, tables, factors.
+"""Levels of packed codes as the kernel computes them: polynomials, tables, factors.
 
-A codebook is an odd polynomial of the centred code, or a table of 8 values: all levels of 3 bits,
-or the positive ones of a 4-bit codebook that needs degree 9. Uniform codes are their own levels:
-their bits are read as float16 subnormals.
+The kernel computes a codebook's levels by an odd polynomial of the centred code, or looks them up
+in a table of 8 values: all levels of 3 bits, or the positive levels of 4 bits where the polynomial
+would have degree 9. Uniform codes are their own levels: their bits are read as float16 subnormals.
 """
 
 import dataclasses
@@ -21,17 +21,17 @@ LLOYD_MAX_4BIT = (2.0558169, 0.4017481, 0.7171981, -0.9974933, 1.0537972)
 
 @dataclasses.dataclass(frozen=True)
 class Levels:
-    """What a code stands for, before the reader's `gain`.
+    """How a code's level is computed; `gain` is multiplied later, once for all levels.
 
-    `coefficients` are those of t, t^3, ..., with `t = (code - centre) * step`. Empty, a code stands
-    for itself, times the power of two of the subnormal's place.
+    `coefficients` are those of t, t^3, ..., with `t = (code - centre) * step`. If there are none,
+    the level is the code itself, times a power of two that `PlanesReader.gains` undoes.
     """
 
     bits: int
     coefficients: tuple[float, ...] = ()
     step: float = 1.0
     gain: float = 1.0
-    # 8 values to look up instead: all of 3 bits, the positive half of 4 bits.
+    # 8 values that are looked up instead: all levels of 3 bits, the positive half of 4 bits.
     table: tuple[float, ...] = ()
 
     @property
@@ -70,7 +70,7 @@ def make_levels(codec: TensorCodec, lookup: bool = True) -> Levels:
 
 
 def _cubic_levels(codebook: Codebook, lookup: bool) -> Levels:
-    """`b step^-3 (t^3 + c t)`: the factor in front becomes the gain, which saves a product."""
+    """Levels `b step^-3 (t^3 + c t)`: the leading factor becomes the gain, to save a product."""
     bits, (a, b) = codebook.bits, codebook.polynomial
     step = {2: 0.25, 3: 0.125, 4: 1 / 32}[bits]
     gain = b / step**3
@@ -81,12 +81,12 @@ def _cubic_levels(codebook: Codebook, lookup: bool) -> Levels:
 
 
 def level_values(levels: Levels, code: jax.Array, bytes_are: str) -> jax.Array:
-    """Levels of codes `i32`, float16: the PTX's arithmetic in plain JAX, each step rounded.
+    """Levels of codes, float16: the PTX's arithmetic in plain JAX, each step rounded.
 
     Args:
-      levels: of the codes.
-      code: unpacked; of signed bytes `code + 128`.
-      bytes_are: what codes of 8 bits are, as `readers.PlanesReader` has it.
+      levels: how levels follow from codes.
+      code: `i32`, unpacked; for signed bytes `code + 128`.
+      bytes_are: the dtype of 8-bit codes, see `readers.PlanesReader`.
     """
     if bytes_are.startswith("float8"):
         code = jax.lax.bitcast_convert_type(code.astype(jnp.uint8), bytes_are)
@@ -112,9 +112,9 @@ def level_values(levels: Levels, code: jax.Array, bytes_are: str) -> jax.Array:
 
 
 def factor_value(stored: jax.Array, half: int | None = None) -> jax.Array:
-    """Float32 value of a stored factor, float16 or uint8 (`ue5m3`, a float16 cut short).
+    """Float32 value of a stored factor, float16 or uint8 (`ue5m3`, a truncated float16).
 
-    With `half`, of the low (0) or high (1) one of two in each word.
+    `half` picks the low (0) or high (1) half of words that hold two factors.
     """
     if half is not None:
         bits = 4 * stored.dtype.itemsize

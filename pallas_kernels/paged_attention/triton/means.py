@@ -1,6 +1,6 @@
-"""Scores of the pages' means: keys of `tq` codecs are kept less a mean of their page.
+"""Scores of key means, for codecs that subtract a mean from keys before they quantize them.
 
-`q . (k + mean)` is `q . k`, from codes, plus `q . mean`, one number per page and row.
+`q . (k + mean)` is `q . k`, computed from codes, plus `q . mean`, one number per page and row.
 """
 
 import functools
@@ -16,23 +16,23 @@ from pallas_kernels.paged_attention.triton.case import Case
 from pallas_kernels.paged_attention.triton.readers import split_columns
 from pallas_kernels.paged_attention.triton.span import Bounds
 
-MEAN_PAGES = 16  # of a program: a dot's least rows
+MEAN_PAGES = 16  # pages per program: the fewest rows that a dot takes
 
 
 def mean_scores(
     q, mean, bounds: Bounds, layer, table, case: Case, *, rows: int, pages: int, interpret: bool
 ) -> jax.Array:
-    """`q . mean` of every page that is read: `f32[batch, kv_heads, width, rows]`, others unset.
+    """`q . mean` of every page that is read, `f32[batch, kv_heads, width, rows]`; others are unset.
 
     Args:
       q: `[batch, q_tokens, q_heads, head_dim]`, rotated.
-      mean: `f16[layers, pages, kv_heads, head_dim]`, or with one page for all.
-      bounds: of the pages that are read.
+      mean: `f16[layers, pages, kv_heads, head_dim]`; a pages axis of size 1 is one mean for all.
+      bounds: which entries some query sees.
       layer: `i32[1]`.
-      table: `i32[batch, width]`.
+      table: `i32[batch, width]`, sink pages included.
       case: static facts of the call.
-      rows: query rows of a kv head, padding included.
-      pages: pages of a sequence, at most.
+      rows: query rows per kv head, padding included.
+      pages: most pages that one sequence reads.
       interpret: run on the CPU.
     """
     batch, width = table.shape
@@ -49,7 +49,7 @@ def mean_scores(
 
 def _mean_kernel(
     layer_ref,  # i32[1]
-    bounds: Bounds,  # of refs
+    bounds: Bounds,  # each a ref
     table_ref,  # i32[batch, width]
     q_ref,  # [batch, q_tokens, q_heads, head_dim]
     mean_ref,  # f16[layers, pages, kv_heads, head_dim]
@@ -71,7 +71,7 @@ def _mean_kernel(
         logical = span.position(ordinal * case.page_size, case.page_size) // case.page_size
         slot = case.table_slot(logical, table_ref)
         page = plgpu.load(table_ref.at[b, slot], mask=inside, other=0)
-        if mean_ref.shape[1] == 1:  # one for all pages
+        if mean_ref.shape[1] == 1:  # one mean for all pages
             page = jnp.zeros_like(page)
         s = jnp.zeros((MEAN_PAGES, rows), jnp.float32)
         for part, size in split_columns(mean_ref.shape[3]):
@@ -86,7 +86,7 @@ def _mean_kernel(
             )
             s = s + dot(mean.astype(q.dtype), q.T)
         row = jnp.broadcast_to(jnp.arange(rows, dtype=jnp.int32)[None], s.shape)
-        # Out of bounds where masked: the interpreter would store what stood there.
+        # Masked entries must be out of bounds: the interpreter writes to masked places, too.
         slot = jnp.where(inside, slot, bias_ref.shape[2])
         plgpu.store(
             bias_ref.at[b, h, jnp.broadcast_to(slot[:, None], s.shape), row],
@@ -96,7 +96,7 @@ def _mean_kernel(
 
 
 def load_bias(bias_ref, b, address: Address, axes: Axes, rows: int):
-    """Scores of the pages' means, ready to be added: `bias[b, h, slot of the table, row]`."""
+    """Loads `bias[b, kv head, slot of the table, row]` in a shape that adds to a tile of scores."""
     if jnp.ndim(address.page) == 0:
         return axes.by_row(bias_ref[b, address.head, address.place, pl.ds(0, rows)])
     shape = axes.shape(rows, address.tokens)

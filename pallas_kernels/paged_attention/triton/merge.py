@@ -10,18 +10,18 @@ from jax.experimental.pallas import triton as plgpu
 from pallas_kernels.paged_attention.triton.base2 import LN2
 from pallas_kernels.segment import NOTHING_SEEN
 
-# Least and most parts that are merged in one step. Sequences have the mean number on average; the
-# least is larger, as one long sequence among short ones has many.
+# Least and most parts that are merged in one step. The step is sized by the mean number of parts
+# per sequence, but not below 8, because one long sequence among short ones has many parts.
 PARTS_AT_ONCE = 8, 64
 
 
 def _combine_kernel(
     part_ref,  # f32[parts, kv_heads, rows, head_dim]
     lse_ref,  # f32[parts, kv_heads, rows], base 2
-    first_ref,  # i32[batch]
-    count_ref,  # i32[batch]
-    _old_out_ref,  # the memory of the two below, where results of only parts stand already
-    _old_out_lse_ref,
+    first_ref,  # i32[batch], number of a sequence's first part
+    count_ref,  # i32[batch], how many parts it has
+    _old_out_ref,  # same memory as out; sequences of one part have their result there
+    _old_out_lse_ref,  # same memory as out_lse
     out_ref,  # [batch, q_tokens, q_heads, head_dim]
     out_lse_ref,  # f32[batch, q_tokens, q_heads], natural
     *,
@@ -81,15 +81,15 @@ def combine(
     *,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """Merges each sequence's parts by their log-sum-exp, in place; an only part is there already.
+    """Merges each sequence's parts by their log-sum-exp and writes the results into `out`, `lse`.
 
     Args:
       part: `f32[parts, kv_heads, rows, head_dim]`; row `t * group + g` is query token `t`.
       part_lse: `f32[parts, kv_heads, rows]`, base 2, `NOTHING_SEEN` for a row that saw nothing.
-      first_part: `i32[batch]`.
-      part_count: `i32[batch]`, 0 for a sequence whose output is to be 0.
-      out: `[batch, q_tokens, q_heads, head_dim]`, results of sequences of one part.
-      lse: `f32[batch, q_tokens, q_heads]`, theirs, natural log.
+      first_part: `i32[batch]`, number of each sequence's first part.
+      part_count: `i32[batch]`, number of its parts; 0 gives an output of 0.
+      out: `[batch, q_tokens, q_heads, head_dim]`; holds the results of sequences of one part.
+      lse: `f32[batch, q_tokens, q_heads]`, natural log; likewise.
       interpret: run on the CPU.
 
     Returns:

@@ -1,4 +1,4 @@
-"""The arrays that the attention kernel reads and writes; inside the kernel, refs of them."""
+"""The arrays that the attention kernel reads and writes; inside the kernel they are refs."""
 
 import dataclasses
 
@@ -12,16 +12,16 @@ from pallas_kernels.shapes import Operand
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """Read by the kernels of a call; None where a call has no use for an array."""
+    """Arrays that the kernel reads; None where a call needs no such array."""
 
     bounds: Bounds
     layer: Operand  # i32[1]
-    q_lens: Operand  # i32[batch]
+    q_lens: Operand  # i32[batch], real query tokens
     table: Operand  # i32[batch, sink_pages + width]
     work: WorkList | None = None  # None for one program per sequence
     bias: Operand | None = None  # f32[batch, kv_heads, sink_pages + width, rows], see `means`
-    q: Operand  # [batch, q_tokens, q_heads, head_dim], dims as the key reader orders them
-    pools: dict[str, Operand]  # by the layout's names, each [layers, pages, ...]
+    q: Operand  # [batch, q_tokens, q_heads, head_dim], dims in the key reader's order
+    pools: dict[str, Operand]  # named as in the layout, each [layers, pages, ...]
     k_shifts: Operand | None = None  # i32[tiles, parts, columns], see `PlanesReader.shifts`
     v_shifts: Operand | None = None  # like k_shifts
 
@@ -29,12 +29,11 @@ class Inputs:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Outputs:
-    """Written by the attention kernel."""
+    """Arrays that the kernel writes; dims of outputs are in the value reader's order."""
 
-    # Results of whole sequences, and of those whose only part they are; dims in the value reader's
-    # order.
+    # Results of sequences that one program attended whole.
     out: Operand  # [batch, q_tokens, q_heads, head_dim]
     lse: Operand  # f32[batch, q_tokens, q_heads], natural
-    # Parts to merge; None where no sequence is cut.
+    # Parts of the other sequences, to be merged; None where no sequence is cut.
     part: Operand | None = None  # f32[parts, kv_heads, rows, head_dim]
     part_lse: Operand | None = None  # f32[parts, kv_heads, rows], base 2

@@ -1,8 +1,8 @@
-"""PTX that unpacks codes in registers: two float16 values per 32-bit register, as text.
+"""The text of PTX that unpacks codes in registers, two float16 values per 32-bit register.
 
-Fields of a pair of words are brought into the two halves of a register and become levels there by
-`lop3`, `prmt` and packed float16 arithmetic. Each function returns the text of one inline
-instruction group for `elementwise_inline_asm`; `levels.level_values` is the same in plain JAX.
+The fields of two words are moved into the two halves of a register and become levels there by
+`lop3`, `prmt` and packed float16 arithmetic. Each `*_text` function returns one inline instruction
+group for `elementwise_inline_asm`; `levels.level_values` computes the same in plain JAX.
 """
 
 import functools
@@ -15,7 +15,7 @@ from jax.experimental.pallas import triton as plgpu
 from pallas_kernels.device import converts_float8
 from pallas_kernels.paged_attention.triton.levels import Levels
 
-MANTISSA = 10  # bits of a float16's
+MANTISSA = 10  # stored mantissa bits of a float16
 
 
 def inline(text, args, constraints, pack, dtype=jnp.float16) -> jax.Array:
@@ -34,9 +34,9 @@ def inline(text, args, constraints, pack, dtype=jnp.float16) -> jax.Array:
 
 
 def field_place(bit: int, levels: Levels) -> tuple[int, int]:
-    """Right shift (negative: left) of a field at `bit` of 16, and where it stands then.
+    """The right shift (left if negative) of a field at `bit` of 16 bits, and its bit afterwards.
 
-    A field must fit into the mantissa; centred codes need a place for one half below it.
+    The field must fit into the mantissa. Centred codes need a free bit below it, for one half.
     """
     least = 1 if levels.coefficients else 0
     for shift in (0, 8, 4, -4):
@@ -46,15 +46,16 @@ def field_place(bit: int, levels: Levels) -> tuple[int, int]:
 
 
 def nibble(bit: int, levels: Levels) -> int:
-    """Where a code stands once its bits are together: 3-bit ones are put into nibbles."""
+    """The bit of a code once its parts are joined: 3-bit codes are put into nibbles."""
     return bit // 4 * 4 if levels.bits == 3 else bit
 
 
 @functools.cache
 def align_text(parts: int, shifted: tuple[int, ...], pack: int, odd: int) -> str:
-    """PTX of one register of words; arguments: the parts, then shifts of the parts `shifted`.
+    """PTX that shifts and joins the parts of one register of words.
 
-    What comes over from the neighbouring word of a register is masked later.
+    Its arguments are the parts, then the shifts of the parts named in `shifted`. Bits that cross
+    over from the neighbouring word of a register are masked later.
     """
     lines = [".reg .b32 t, h, a, b;"]
     for part, name in zip(range(parts), "th", strict=False):
@@ -74,7 +75,7 @@ def align_text(parts: int, shifted: tuple[int, ...], pack: int, odd: int) -> str
 
 @functools.cache
 def planes_text(levels: Levels, word_bits: int, bit: int) -> str:
-    """PTX of one pair of values, fields at `bit` of a pair of words."""
+    """PTX that computes one pair of levels, those of the fields at `bit` of a pair of words."""
     shift, place = field_place(bit % 16, levels)
     lines = [".reg .b32 t, s, v, a, b;"]
     if word_bits == 32:  # the halves of two words, side by side
@@ -108,7 +109,7 @@ def planes_text(levels: Levels, word_bits: int, bit: int) -> str:
     return _group(lines)
 
 
-# Nibbles of 4-bit codes to their places among 8 magnitudes: code - 8, or 7 - code below 8.
+# Turns nibbles of 4-bit codes into indices of the 8 magnitudes: code - 8, or 7 - code below 8.
 INDEX_TEXT = """{
 .reg .b32 u, v;
 and.b32 u, $1, 0x88888888;
@@ -120,12 +121,12 @@ lop3.b32 $0, $1, u, 0x77777777, 0x82;
 
 @functools.cache
 def lookup_text(levels: Levels, word_bits: int, plane: int) -> str:
-    """PTX of one pair of values looked up among 8; `plane` counts nibbles of a word.
+    """PTX that looks one pair of values up in a table of 8; `plane` is the number of the nibble.
 
-    Arguments are a pair of words of nibbles below 8: the codes of 3 bits themselves or, of 4 bits,
-    `INDEX_TEXT`'s places among the positive levels, followed by a pair of words of the codes, whose
-    top bit gives the sign. PRMT picks four bytes of eight by nibbles: low and high bytes of two
-    planes of both words.
+    Its arguments are a pair of words whose nibbles are indices below 8. For 3 bits these are the
+    codes themselves. For 4 bits they are the result of `INDEX_TEXT`, and a pair of words of the
+    codes follows, whose top bits give the signs. PRMT picks four of eight bytes by nibbles: here
+    the low bytes, then the high bytes, of the levels of two planes of both words.
     """
     half = np.asarray(levels.table, np.float16).view(np.uint16)
     word = lambda part: "0x" + "".join(f"{int(b):02x}" for b in reversed(part))
@@ -153,17 +154,18 @@ def lookup_text(levels: Levels, word_bits: int, plane: int) -> str:
         return _group([*lines, "mov.b32 $0, l;"])
     shift = 12 - 4 * (plane % 4)
     lines += [signs, *_shift("s", -shift)]
-    # a ^ (~b & c): codes from 8 are positive.
+    # a ^ (~b & c): codes of at least 8 are positive.
     return _group([*lines, "lop3.b32 $0, l, s, 0x80008000, 0xd2;"])
 
 
 @functools.cache
 def bytes_text(word_bits: int, bit: int, bytes_are: str) -> str:
-    """PTX of one pair of bytes, byte `bit / 8` of a pair of words, as float16.
+    """PTX that converts one pair of bytes, byte `bit / 8` of a pair of words, to float16.
 
-    Unsigned bytes are subnormals, code * 2^-24; signed ones become 1024 + code + 128 first. Float8
-    of 5 exponent bits is the top half of a float16; of 4, where no instruction converts it, one
-    shift away and times 2^-8.
+    Unsigned bytes are read as subnormals, code * 2^-24. Signed bytes become 1024 + code + 128, from
+    which 1152 is subtracted. A float8 of 5 exponent bits (e5m2) is the top half of a float16. One
+    of 4 exponent bits (e4m3), on GPUs without a conversion instruction, is shifted by one bit; the
+    result is 2^-8 times the value, which `PlanesReader.gains` undoes.
     """
     byte = bit // 8
     exponent = "0x64646464" if bytes_are == "int8" else "0x00000000"

@@ -1,9 +1,9 @@
 """How a kernel reads keys or values: which words it loads, and which dot operands they become.
 
-A reader turns a block of tokens into operands `[tokens, columns]`, each a power of two of
-consecutive places in the reader's own order of dims (`dims`). Codes are unpacked in registers, two
-at a time in the halves of a 32-bit register, by inline PTX (`ptx`); interpreted, plain JAX computes
-the same levels (`levels`).
+A reader turns a block of tokens into operands `[tokens, columns]`. The number of columns is a power
+of two; the operands side by side have all dims in the reader's own order (`dims`). Codes are
+unpacked in registers by inline PTX (`ptx`), two at a time in the halves of a 32-bit register; in
+the interpreter plain JAX computes the same levels (`levels`).
 """
 
 import dataclasses
@@ -30,14 +30,15 @@ from pallas_kernels.paged_attention.triton.ptx import (
     planes_text,
 )
 
-LEAST_COLUMNS = 16  # a dot of 16-bit types contracts at least 16
+LEAST_COLUMNS = 16  # a dot of 16-bit types contracts at least 16 columns
 
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    """Columns that are loaded together: `words` words, repeated with later fields to fill a dot.
+    """Columns that are loaded together: `words` words, repeated if they are too few for a dot.
 
-    Column `c` holds word `start + c % words`; operand `j` is its field `j * step + c // words`.
+    Column `c` holds word `start + c % words`; in operand `j` it becomes field
+    `j * step + c // words` of that word.
     """
 
     start: int
@@ -50,7 +51,7 @@ class Tile:
 
 
 def split_columns(total: int) -> tuple[tuple[int, int], ...]:
-    """`(start, size)` of the powers of two, falling, that make up `total`."""
+    """Splits `total` columns into powers of two, the largest first: `(start, size)` of each."""
     parts, start = [], 0
     for bit in reversed(range(total.bit_length())):
         if total >> bit & 1:
@@ -74,26 +75,26 @@ class WholeReader:
         return tuple(np.arange(a, a + n) for a, n in split_columns(self.head_dim))
 
     def gains(self, asm: bool) -> tuple[float, ...]:
-        """What each operand's values are still to be multiplied by."""
+        """The factor that each operand's values still lack."""
         return (1.0,) * len(self.dims)
 
     def load(self, refs, address: Address, *, dims_first: bool = False) -> list[jax.Array]:
-        """Values of each operand, `[tokens, columns]` or with `dims_first` turned."""
+        """Values of each operand, `[tokens, columns]`, or `[columns, tokens]` with `dims_first`."""
         columns = [pl.ds(a, n) for a, n in split_columns(self.head_dim)]
         return [address.load(refs[0], x, dims_first=dims_first) for x in columns]
 
     def computed(self) -> "WholeReader":
-        """The same: there are no levels."""
+        """Returns itself: there are no levels to look up or compute."""
         return self
 
     def load_shifts(self, ref, *, dims_first: bool = False) -> None:
-        """Nothing: whole values need none."""
+        """Returns None: whole values are not shifted."""
         del ref, dims_first
 
     def operands(
         self, loaded, asm: bool, shifts=None, *, dims_first: bool = False
     ) -> list[jax.Array]:
-        """Shaped like what was loaded."""
+        """Loaded values as `dtype`, shaped as they were loaded."""
         del asm, shifts, dims_first
         return [x.astype(self.dtype) for x in loaded]
 
@@ -106,14 +107,14 @@ class PlanesReader:
     word_bits: int
     levels: Levels
     arrays: tuple[str, ...]
-    # What 8 bits are: "uint8", "int8" (a word holds code + 128), "float8_e4m3fn" or "float8_e5m2".
+    # Dtype of 8-bit codes: "uint8", "int8" (words hold code + 128), "float8_e4m3fn", "float8_e5m2".
     bytes_are: str = "uint8"
 
     dtype = "float16"
 
     @property
     def width(self) -> int:
-        """Bits of a field of the first array."""
+        """Bits per field of the first array."""
         return 2 if self.levels.bits == 3 else self.levels.bits
 
     @property
@@ -125,17 +126,17 @@ class PlanesReader:
         return tuple(Tile(a, n, max(n, LEAST_COLUMNS)) for a, n in split_columns(self.words))
 
     def computed(self) -> "PlanesReader":
-        """The same without a table: levels come from their polynomial."""
+        """The same reader without a table: it computes levels by their polynomial."""
         return dataclasses.replace(self, levels=dataclasses.replace(self.levels, table=()))
 
     @property
     def turns_words(self) -> bool:
-        """Whether words may be read turned: where none repeats to fill a tile's columns."""
+        """Whether words may be loaded as `[columns, tokens]`: only if no tile repeats words."""
         return all(tile.step == 1 for tile in self.tiles)
 
     @property
     def fields(self) -> tuple[tuple[int, int], ...]:
-        """`(tile, bit)` of each operand: where in its tile's words it begins."""
+        """`(tile, bit)` of each operand: its tile, and the bit of its field in the tile's words."""
         per_word = self.word_bits // self.width
         return tuple(
             (i, field * self.width)
@@ -154,7 +155,7 @@ class PlanesReader:
         )
 
     def gains(self, asm: bool) -> tuple[float, ...]:
-        """What each operand's values are still to be multiplied by."""
+        """The factor that each operand's values still lack."""
         if self.bytes_are == "float8_e4m3fn" and asm and not converts_float8():
             return (2.0**8,) * len(self.fields)
         if self.levels.coefficients or self.bytes_are != "uint8" or not asm:
@@ -167,9 +168,10 @@ class PlanesReader:
     def load(
         self, refs, address: Address, *, dims_first: bool = False
     ) -> list[tuple[jax.Array, ...]]:
-        """Words of each tile, `[tokens, columns]` or with `dims_first` turned.
+        """Words of each tile, `[tokens, columns]`, or with `dims_first` the other way if possible.
 
-        A third bit's words repeat to stand beside the others'.
+        For 3 bits a second array holds the words with third bits, repeated so that each is in the
+        column of the word that it belongs to.
         """
         load = functools.partial(address.load, dims_first=dims_first and self.turns_words)
         loaded = []
@@ -186,10 +188,10 @@ class PlanesReader:
 
     @functools.cached_property
     def shifts(self) -> np.ndarray:
-        """How far right each column's words are to be shifted: `i32[tiles, parts, columns]`.
+        """How many bits each column's words are shifted right: `i32[tiles, parts, columns]`.
 
-        A kernel loads it: computed from an iota, it would keep Triton from unpacking in the
-        registers of the dot (only loads may be the leaves of what is moved there).
+        The kernel loads this array. If it were computed from an iota, Triton would not unpack in
+        the dot's own registers: it moves only expressions there whose leaves are loads.
         """
         most = max(tile.columns for tile in self.tiles)
         rows = np.zeros((len(self.tiles), len(self.arrays), most), np.int32)
@@ -204,12 +206,12 @@ class PlanesReader:
     def operands(
         self, loaded, asm: bool, shifts=None, *, dims_first: bool = False
     ) -> list[jax.Array]:
-        """Float16 values of each operand, `[tokens, columns]` or with `dims_first` turned.
+        """Float16 values of each operand, `[tokens, columns]`, or turned with `dims_first`.
 
-        `loaded` and `shifts` come from `load` and `load_shifts` of the same `dims_first`.
+        `loaded` and `shifts` come from `load` and `load_shifts` with the same `dims_first`.
         """
         values = self._values(loaded, asm, shifts)
-        # Words that repeat were loaded as they lie.
+        # Tiles that repeat words were loaded as [tokens, columns].
         return [x.T for x in values] if dims_first and not self.turns_words else values
 
     def _values(self, loaded, asm: bool, shifts) -> list[jax.Array]:
@@ -234,7 +236,7 @@ class PlanesReader:
         ]
 
     def _text(self, bit: int) -> str:
-        """PTX of one pair of the field at `bit`."""
+        """PTX that computes one pair of values of the field at `bit`."""
         if self.levels.bits == 8:
             return bytes_text(self.word_bits, bit, self.bytes_are)
         bit = nibble(bit, self.levels)
@@ -243,7 +245,7 @@ class PlanesReader:
         return planes_text(self.levels, self.word_bits, bit)
 
     def _look_up(self, loaded):
-        """Looks magnitudes up: a nibble of `index` is the place among the positive levels."""
+        """Looks 4-bit codes up: a nibble of `index` is the code's index in the positive levels."""
         per_pair = 2 if self.word_bits == 32 else 1
         pack, signed = 32 // self.word_bits, jnp.dtype(f"int{self.word_bits}")
         index = [inline(INDEX_TEXT, words, "=r,r", pack, signed) for words in loaded]
@@ -259,7 +261,7 @@ class PlanesReader:
         ]
 
     def load_shifts(self, ref, *, dims_first: bool = False) -> list[list[jax.Array | None]]:
-        """Of each tile's parts: `i32[1, columns]`, or turned; None where nothing is shifted."""
+        """Shifts of each tile's parts, to broadcast with words; None where nothing is shifted."""
         axis = 0 if dims_first and self.turns_words else 1
         load = lambda i, part, n: along(ref[i, part, pl.ds(0, n)], axis)
         return [
@@ -271,19 +273,19 @@ class PlanesReader:
         ]
 
     def _align(self, words, i, shifts):
-        """Words of a tile, shifted."""
+        """Shifts the words of a tile, in plain JAX."""
         return tuple(
             word if shift is None else word >> shift.astype(word.dtype)
             for word, shift in zip(words, shifts, strict=True)
         )
 
     def _align_asm(self, words, i, shifts: list[Any]):
-        """The same by PTX; 3-bit codes are put into nibbles, even and odd fields apart."""
+        """Shifts words by PTX; puts 3-bit codes into nibbles, even and odd fields separately."""
         shifted = tuple(part for part, shift in enumerate(shifts) if shift is not None)
         if len(words) == 1 and not shifted:
             return words
         args = (*words, *(jnp.broadcast_to(shifts[p], words[0].shape) for p in shifted))
-        # Shifts are 32 bits wide: a register each, also where two 16-bit words share one.
+        # Each shift takes a register of 32 bits, even where two 16-bit words share one.
         registers = len(words) + len(shifted) * (1 if self.word_bits == 32 else 2)
         constraints = ",".join(["=r", *["r"] * registers])
         pack = 32 // self.word_bits
@@ -328,12 +330,12 @@ def coded_reader(side: str, codec: TensorCodec, head_dim: int, arrays: dict) -> 
     if word_bits == 8:
         raise NotImplementedError(f"{word_bits=}: the GPU kernel reads words of 16 or 32 bits.")
     names = (f"{side}_codes", f"{side}_high")[: 2 if codec.bits == 3 else 1]
-    # A lookup of 4 bits takes words that are 16 or more columns by themselves.
+    # A 4-bit lookup does not shift words, so they must fill the columns of a dot unrepeated.
     lookup = codec.bits == 3 or head_dim * 4 // word_bits % LEAST_COLUMNS == 0
     bytes_are = str(codec.codes_dtype) if codec.bits == 8 else "uint8"
     return PlanesReader(head_dim, word_bits, make_levels(codec, lookup), names, bytes_are)
 
 
 def _rem(x, n):
-    """`x % n` of what is not negative: looking after signs hides from Triton what is contiguous."""
+    """`x % n` for x >= 0, without handling of signs, which would hide from Triton contiguous x."""
     return jax.lax.rem(x, jnp.full_like(x, n))

@@ -1,7 +1,7 @@
 """Attention of one kv head's rows over the blocks of an item: scores, online softmax, values.
 
-Running sums are kept in base 2. A token's scale and zero enter as a factor on scores and
-probabilities and as a rank-1 sum, so codes are never dequantized one by one.
+Scores and running sums are in base 2. A token's scale multiplies its scores and probabilities, and
+its zero is added by a rank-1 term, so codes are never dequantized one by one.
 """
 
 import dataclasses
@@ -27,8 +27,9 @@ from pallas_kernels.paged_attention.triton.readers import Reader
 from pallas_kernels.paged_attention.triton.tiles import DecodeConfig
 from pallas_kernels.segment import NOTHING_SEEN, Span
 
-# float16 probabilities are up to 2^4, not 1: small ones keep their bits, and factors up to 4094
-# fit beside them (larger ones saturate, as those of a token that is not finite do).
+# Probabilities in float16 are scaled to at most 2^4, so that small ones keep more bits. A product
+# with a factor of up to 4094 still fits into float16; larger factors saturate, as they do for a
+# token that is not finite.
 FLOAT16_OFFSET = 4.0
 
 
@@ -36,41 +37,41 @@ class State(NamedTuple):
     """Running sums of each row."""
 
     m: jax.Array  # f32[rows], maximum of the scores
-    l: jax.Array  # sum of exp2(score - m), see Axes.add
-    zero_sum: jax.Array  # the same weighted by the values' zeros
-    accs: tuple[jax.Array, ...]  # the same weighted by the values, for each operand of them
+    l: jax.Array  # sum of exp2(score - m); shape as in `Axes.no_sum`
+    zero_sum: jax.Array  # like l, each term times the zero of the token's values
+    accs: tuple[jax.Array, ...]  # the sum weighted by values, a tile for each of their operands
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ItemAttention:
-    """What stays the same over the blocks of an item."""
+    """Everything that stays the same over the blocks of an item, and the loop over them."""
 
     refs: Inputs
     case: Case
     config: DecodeConfig
     axes: Axes
     blocks: Blocks
-    q_start: Any  # position of the first query
-    q_len: Any
-    row_token: Any  # i32[rows]
-    q: list[jax.Array]  # [rows, columns] of each operand
-    k_shifts: Any
-    v_shifts: Any
-    k_gain: float  # of the sum of the operands' dots
-    row_sum: Any  # of q, which a key's zero is multiplied by; None where keys have none
+    q_start: Any  # i32[], position of the first query
+    q_len: Any  # i32[], real query tokens
+    row_token: Any  # i32[rows], query token of each row
+    q: list[jax.Array]  # [rows, columns] for each operand of the keys
+    k_shifts: Any  # from the key reader's `load_shifts`
+    v_shifts: Any  # from the value reader's
+    k_gain: float  # factor that the sum of the operands' dots still lacks
+    row_sum: Any  # sum of q over dims, to multiply by a key's zero; None where keys have no zero
 
     @property
     def rows(self) -> int:
-        """Rows of a tile, padding included."""
+        """Rows per tile, padding included."""
         return self.row_token.shape[0]
 
     @property
     def offset(self) -> float:
-        """Log of the largest probability."""
+        """Base-2 logarithm of the largest probability."""
         return FLOAT16_OFFSET if self.case.v.dtype == "float16" else 0.0
 
     def run(self) -> State:
-        """Attends all blocks; those that every row sees whole carry no mask."""
+        """Attends all blocks; where the case allows it, blocks that every row sees get no mask."""
         case, blocks, size = self.case, self.blocks, self.config.block
         state, count = self._start(), blocks.count
         if self.config.mask_all or case.sink_pages or case.rule.needs_mask(1):
@@ -99,16 +100,17 @@ class ItemAttention:
         )
 
     def _loop(self, start, stop, state: State, *, masked: bool, number=lambda e: e) -> State:
-        """Attends blocks `number(e)`, `start <= e < stop`.
+        """Attends the blocks `number(e)` for `start <= e < stop`.
 
-        Each step looks up the next step's page. Each load that an address depends on uses up one
-        pipeline stage of Triton; what remains is how far ahead words are copied. With the page's
-        load among them, three stages would copy nothing ahead.
+        Each step looks up the next step's page. Each load that an address depends on uses up one of
+        Triton's pipeline stages; the rest is how far ahead words are copied. If the page were
+        loaded in its own step, three stages would copy nothing ahead.
         """
         blocks = self.blocks
         page_of_start = blocks.look_up(number(start))
         if self.refs.table.shape[1] == 1:
-            # Triton moves what no step changes out of the loop, and then trips over the carry.
+            # Every step has the same page. Triton would move its load out of the loop, and then
+            # fails on the loop's carry.
             step = lambda e, state: self._attend(number(e), state, masked, page_of_start)
             return jax.lax.fori_loop(start, stop, step, state)
 
@@ -120,7 +122,7 @@ class ItemAttention:
         return jax.lax.fori_loop(start, stop, step_ahead, (state, page_of_start))[0]
 
     def _attend(self, i, state: State, masked: bool, page) -> State:
-        """Adds block `i`."""
+        """Adds block `i` to the running sums."""
         case, axes = self.case, self.axes
         address, positions, inside = self.blocks.locate(i, page, masked=masked)
         factors = self._load_factors(address) if self.config.early_factors else None
@@ -128,7 +130,7 @@ class ItemAttention:
         v_refs = [self.refs.pools[name] for name in case.v.arrays]
         v_words = case.v.load(v_refs, address, dims_first=axes.transposed)
         operands = case.k.operands(k_words, case.asm, self.k_shifts)
-        # Lazily, each dot beside its addition: Triton's register use depends on the order.
+        # `map` is lazy, so each dot is next to its addition: Triton's register use depends on it.
         dots = functools.reduce(operator.add, map(axes.scores, operands, self.q))
         words = self._load_factors(address) if factors is None else factors
         k_factors, v_factors = (
@@ -176,7 +178,7 @@ class ItemAttention:
         return s
 
     def _sees(self, positions, inside):
-        """Which row sees which token, in the orientation of the scores."""
+        """Mask of which row sees which token, in the orientation of the scores."""
         case, axes = self.case, self.axes
         if not case.masks_rows:
             return axes.by_token(inside)
@@ -185,7 +187,7 @@ class ItemAttention:
         return seen & axes.by_token(inside) & axes.by_row(self.row_token < self.q_len)
 
     def _load_factors(self, address: Address) -> dict[tuple[str, int], jax.Array]:
-        """Words of factors as stored, by array and row: each once, whoever shares it."""
+        """Words of factors by array and row; a word that holds two factors is loaded once."""
         places = self.case.k_factors + self.case.v_factors
         words = dict.fromkeys((x.array, x.row) for x in places)
         return {(name, row): address.load_factor(self.refs.pools[name], row) for name, row in words}
@@ -194,7 +196,7 @@ class ItemAttention:
 def item_attention(
     refs: Inputs, h, item: Item, *, case: Case, config: DecodeConfig
 ) -> ItemAttention:
-    """Loads what stays the same over an item's blocks, for the rows of kv head `h`."""
+    """Loads everything that stays the same over an item's blocks, for the rows of kv head `h`."""
     b, layer, bounds = item.b, refs.layer[0], refs.bounds
     seen = Span(*(ref[b] for ref in bounds.run))
     q_start, q_len = bounds.q_start[b], refs.q_lens[b]
@@ -233,11 +235,11 @@ def item_attention(
 
 
 def padded_rows(case: Case, config: DecodeConfig) -> int:
-    """Query rows of a kv head, rounded up to the tile of a dot."""
+    """Query rows per kv head, rounded up to the tile of a dot."""
     return max(8 if config.transposed else 16, pl.next_power_of_2(case.rows))
 
 
 def columns(reader: Reader) -> list[tuple[int, int]]:
-    """`(start, size)` of each operand in the reader's order of dims."""
+    """`(start, size)` of each operand's dims in the reader's order."""
     sizes = [len(dims) for dims in reader.dims]
     return list(zip(np.cumsum([0, *sizes[:-1]]), sizes, strict=True))

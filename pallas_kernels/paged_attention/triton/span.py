@@ -15,27 +15,27 @@ from pallas_kernels.shapes import Operand
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Bounds:
-    """What each sequence's queries see of a segment; arrays, refs of them, or one sequence's."""
+    """The entries of a segment that each sequence's queries see: arrays, or refs in a kernel."""
 
     q_start: Operand  # i32[batch], position of the first query
-    run: Span  # i32[batch] each, of the run of pages
-    sinks: Span | None  # the same of the sink pages' table; None without one
+    run: Span  # i32[batch] each, in the run of pages
+    sinks: Span | None  # i32[batch] each, in the pinned sink pages; None without them
 
     def of(self, b) -> "Bounds":
-        """Those of sequence `b`."""
+        """The bounds of sequence `b`, each `i32[]`."""
         return jax.tree.map(lambda ref: ref[b], self)
 
 
 class SpanPages(NamedTuple):
-    """Pages of a span, counted by ordinals that leave out the pages between sinks and window."""
+    """Pages of a span, numbered by ordinals that skip the gap between sinks and window."""
 
     first: jax.Array  # logical page of ordinal 0
-    pages: jax.Array  # ordinals in use; 0 for an empty span
-    head: jax.Array | None = None  # ordinals before the gap
-    gap: jax.Array | None = None  # pages left out
+    pages: jax.Array  # number of ordinals; 0 for an empty span
+    head: jax.Array | None = None  # number of ordinals before the gap; None if there is no gap
+    gap: jax.Array | None = None  # number of pages in the gap
 
     def position(self, token: jax.Array, page_size: int) -> jax.Array:
-        """Position of the `token`-th token of the ordinals' pages."""
+        """Position of the `token`-th token of the span's pages."""
         shift = self.first * page_size
         if self.gap is not None and self.head is not None:
             shift = shift + jnp.where(token >= self.head * page_size, self.gap * page_size, 0)
@@ -43,7 +43,7 @@ class SpanPages(NamedTuple):
 
 
 def span_pages(bounds: Bounds, rule: Rule, page_size: int) -> SpanPages:
-    """Pages that the bounds touch and some query sees; those of a table of sink pages come first.
+    """Pages with an entry within the bounds, without the gap behind sinks; sink pages come first.
 
     `bounds` may hold integers of any shape.
     """

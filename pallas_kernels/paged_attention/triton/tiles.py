@@ -1,4 +1,4 @@
-"""Tile sizes of the GPU kernels, as data: what was measured, by the kind of codes and the shape."""
+"""Measured tile sizes of the attention kernel, as data by the kind of codes and the shape."""
 
 import dataclasses
 
@@ -17,19 +17,22 @@ class DecodeConfig:
     warps: int = 4
     stages: int = 3
     transposed: bool = False  # tokens, not query rows, on the long side of the dots
-    mask_all: bool = True  # one masked loop, or one without a mask and one for the edges
-    # Factors before the words, not after the scores, when fewer registers are in use.
+    # Whether one loop masks all blocks; otherwise one loop takes whole blocks without a mask, and a
+    # second one takes those at the edges.
+    mask_all: bool = True
+    # Whether factors are loaded before the words, when few registers are in use; else after dots.
     early_factors: bool = False
-    lookups: str = "kv"  # sides whose levels are looked up where there is a table, else computed
-    good_tokens: int = 4096  # of a program, where that leaves as many as run at once
-    least_tokens: int = 256  # of a program
-    at_once: int = 4  # programs that an SM has room for
-    waves: int = 3  # of programs that run at once, to share pages among
-    programs: int | None = None  # at once and in all, in place of the two above (for tests)
-    unsplit: bool = False  # whether sequences that fill the chip by themselves are never cut
+    lookups: str = "kv"  # sides whose levels are looked up if there is a table; others compute them
+    # Tokens per program from which on its own costs do not matter; fewer if the chip is not full.
+    good_tokens: int = 4096
+    least_tokens: int = 256  # fewest tokens per program
+    at_once: int = 4  # programs that fit on an SM at the same time
+    waves: int = 3  # programs launched, as a multiple of those that run at the same time
+    programs: int | None = None  # replaces both numbers above, for the whole chip (for tests)
+    unsplit: bool = False  # whether no sequence is cut if there are enough to fill the chip
 
 
-# By the kind of codes, measured on an H100 with pages of 64 tokens: docs/gpu_tuning.md.
+# Tile sizes by the kind of codes, measured on an H100 with pages of 64 tokens: docs/gpu_tuning.md.
 PLANES = DecodeConfig(
     warps=1, transposed=True, mask_all=False, early_factors=True, least_tokens=64, at_once=8
 )
@@ -54,13 +57,14 @@ MEASURED = {
 }
 # Blocks of a prompt's chunk: 128 rows in 8 warps fill an SM's registers.
 CHUNK = DecodeConfig(warps=8, mask_all=False, at_once=1, waves=1, unsplit=True)
-MOST_BYTES = 2**15  # of an exact block's keys and values
+MOST_BYTES = 2**15  # most bytes of an exact block's keys and values
 
 
 def choose_config(k: Reader, v: Reader, rows: int, window: int | None = None) -> DecodeConfig:
     """Tile sizes for a pair of readers and `rows` query rows per kv head.
 
-    Those of the kind of codes, then what rows, head_dim and window change, then what was measured.
+    Starts from the sizes for the kind of codes, adapts them to rows, head_dim and window, and takes
+    the `MEASURED` ones where the case was measured.
     """
     kind = _kind(k, v)
     config = CONFIGS[kind]
@@ -80,9 +84,10 @@ def choose_config(k: Reader, v: Reader, rows: int, window: int | None = None) ->
 
 
 def _block(kind: str, k: Reader, v: Reader, rows: int, window: int | None) -> int:
-    """Tokens of a block: fewer of wide heads, more of exact narrow ones.
+    """Tokens per block: fewer for wide heads, more for narrow exact ones.
 
-    Of codes never more than a page usually has: tokens of several are looked up one by one.
+    For codes never more than the 64 tokens of a usual page: where a block is larger than a page,
+    the page of each token is looked up by itself.
     """
     if kind == "exact":
         few = rows > 16 or (window is not None and window < 1024)
@@ -93,7 +98,7 @@ def _block(kind: str, k: Reader, v: Reader, rows: int, window: int | None) -> in
 
 
 def _exact_bytes(*sides: Reader) -> int:
-    """Bytes of a token's values, stored as they are read."""
+    """Bytes of one token's numbers, for readers of exact pages."""
     return sum(side.head_dim * jnp.dtype(side.dtype).itemsize for side in sides)
 
 

@@ -2,8 +2,8 @@
 
 With a fixed number of splits per sequence most of the chip idles when lengths differ. Choosing the
 number by length does not help when there are about as many sequences as programs. Here the grid is
-static and the share of each program is chosen at run time, by one small kernel: XLA would make
-about ten of the same sums. Layers that are alike share its result.
+static and a small kernel chooses each program's share at run time; written in plain JAX, the same
+sums would be about ten kernels. Layers that are alike share its result.
 """
 
 import dataclasses
@@ -23,8 +23,8 @@ from pallas_kernels.paged_attention.triton.tiles import DecodeConfig
 from pallas_kernels.shapes import Operand
 
 TRIES = 9  # sizes of whole parts that are tried, from the even share to a sixteenth more
-SEQUENCES = 128  # looked at in one step
-PROGRAMS = 8  # whose shares one program of this kernel finds
+SEQUENCES = 128  # sequences that are looked at in one step
+PROGRAMS = 8  # attention programs whose shares one program of this kernel finds
 
 
 @jax.tree_util.register_dataclass
@@ -39,21 +39,21 @@ class WorkList:
     """
 
     low: Operand  # i32[programs], first page of a program's stretch
-    high: Operand  # i32[programs], one past its last
-    first: Operand  # i32[programs], first sequence `k` of the stretch
-    stop: Operand  # i32[programs], one past its last
-    sequence: Operand  # i32[batch], by `k`; unset where no sequence has that `k`
-    before: Operand  # i32[batch], pages of all sequences before `k`; likewise
-    first_part: Operand  # i32[batch]
-    part_count: Operand  # i32[batch], 0 for a sequence without pages
+    high: Operand  # i32[programs], one past the stretch's last page
+    first: Operand  # i32[programs], the `k` of the stretch's first sequence
+    stop: Operand  # i32[programs], one past the `k` of its last sequence
+    sequence: Operand  # i32[batch], row in the batch of sequence `k`; unset where there is no `k`
+    before: Operand  # i32[batch], pages of all sequences before `k`; unset where there is no `k`
+    first_part: Operand  # i32[batch], number of the first part of each row of the batch
+    part_count: Operand  # i32[batch], its number of parts, 0 for a sequence without pages
 
 
 class Shares(NamedTuple):
     """Bounds on the shares, known when a call is traced."""
 
-    programs: int  # launched; the last ones may get nothing
-    fewest: int  # that fill the chip once; no more get work if shares fell below `good_pages`
-    good_pages: int  # shares from which on a program's own costs (start, merge) do not matter
+    programs: int  # programs launched; the last ones may get nothing
+    fewest: int  # programs that fill the chip once; no more get work if that makes shares too small
+    good_pages: int  # large enough a share that a program's own costs (start, merge) do not matter
     least_pages: int  # no share is smaller, except the last one and short sequences
 
 
@@ -64,11 +64,11 @@ def choose_shares(
 
     Args:
       config: tile sizes.
-      batch: sequences.
-      kv_heads: each has as many programs as the others.
-      page_size: tokens of a page.
-      most_pages: pages of a sequence, at most.
-      sms: streaming multiprocessors of the GPU.
+      batch: number of sequences.
+      kv_heads: number of kv heads; all get the same number of programs.
+      page_size: tokens per page.
+      most_pages: most pages that one sequence reads.
+      sms: number of streaming multiprocessors of the GPU.
     """
     at_once = config.programs or config.at_once * sms
     wanted = at_once * (1 if config.programs else config.waves)
@@ -93,13 +93,14 @@ def plan_work(
 ) -> WorkList:
     """Shares pages out evenly among programs, whatever the lengths of sequences.
 
-    Where whole parts of sequences are nearly as even, programs take those: each sequence that one
-    begins costs it a start.
+    A program's stretch may cross from one sequence into the next, and each sequence in it costs a
+    start. If cutting every sequence into parts of its own, one per program, is nearly as even, the
+    list does that instead ("whole parts").
 
     Args:
       bounds: a pytree of `i32[batch]`, usually `span.Bounds`.
-      find_span: the pages of a sequence, from its bounds.
-      shares: how many there are to be, and how large at least.
+      find_span: returns the pages of a sequence, given its bounds.
+      shares: how many shares there are, and how large they are at least.
       interpret: run on the CPU.
     """
     [batch] = jax.tree.leaves(bounds)[0].shape
@@ -125,14 +126,14 @@ def plan_work(
 
 
 def _plan_kernel(bounds, out: WorkList, *, find_span, shares: Shares):
-    """The shares of `PROGRAMS` programs and the parts of `SEQUENCES` sequences.
+    """Finds the shares of `PROGRAMS` programs and the parts of `SEQUENCES` sequences.
 
-    Every program of this kernel goes through all sequences: nothing waits for another's sums.
+    Every program of this kernel goes through all sequences, so that none waits for another's sums.
     """
     [batch] = out.sequence.shape
 
     def fold(step, init):
-        """Folds `step(sequences, their pages, state)` over chunks of them."""
+        """Folds `step(sequences, their pages, state)` over the batch, chunk by chunk."""
         rows = min(SEQUENCES, pl.next_power_of_2(batch))
 
         def load(chunk, state):
@@ -169,7 +170,7 @@ def _plan_kernel(bounds, out: WorkList, *, find_span, shares: Shares):
         _put(out.sequence, rank, b, mine & (used > 0))
         _put(out.before, rank, begin, mine & (used > 0))
 
-        # A program's whole part: sums with one term, that of the sequence it lies in.
+        # A program's whole part lies in one sequence: the sums pick that sequence's values.
         inside = (program[None] <= p[:, None]) & (p[:, None] < (program + parts)[None])
         pick = lambda x: jnp.sum(jnp.where(inside, x[None], 0), axis=1)
         among = lambda ok: jnp.sum(jnp.where(ok, used[None], 0), axis=1)
@@ -194,7 +195,10 @@ def _plan_kernel(bounds, out: WorkList, *, find_span, shares: Shares):
 
 
 def _whole_size(fold, even, programs: int):
-    """Pages of whole parts, and whether some that are nearly even are few enough for `programs`."""
+    """Size of whole parts in pages, and whether to use them.
+
+    They are used if one of `TRIES` sizes near the even share needs no more parts than `programs`.
+    """
     tries = jnp.minimum(jnp.arange(pl.next_power_of_2(TRIES), dtype=jnp.int32), TRIES - 1)
     sizes = even + lax.div(even * tries, jnp.int32(16 * (TRIES - 1)))
     count = lambda b, pages, x: x + jnp.sum(_cdiv(pages[None], sizes[:, None]), axis=1)
@@ -204,11 +208,14 @@ def _whole_size(fold, even, programs: int):
 
 
 def _put(ref, at, x, ok):
-    """Stores `x` where `ok`; elsewhere out of bounds: the interpreter writes back what it masks."""
+    """Stores `x` where `ok`.
+
+    Other entries are sent out of bounds: the interpreter writes to masked places, too.
+    """
     plgpu.store(ref.at[jnp.where(ok, at, ref.shape[0])], x, mask=ok)
 
 
 def _cdiv(x, y):
-    """Of what is not negative."""
+    """`x / y` rounded up, for numbers that are not negative."""
     x = x + (y - 1)
     return lax.div(x, jnp.broadcast_to(jnp.int32(y), x.shape))

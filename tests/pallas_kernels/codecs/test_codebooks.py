@@ -6,7 +6,7 @@ import pytest
 from pallas_kernels.codecs.codebooks import gaussian_mse, get_codebook
 
 ALL = [(n, b) for n in ("lloyd_max", "cubic") for b in (2, 3, 4)] + [("quintic", 4)]
-# Max (1960) and DESIGN's table; centroids are published to four digits, the last one uncertain.
+# Centroids as published by Max (1960), to four decimals, of which the last is uncertain.
 CENTROIDS = {
     2: (0.4528, 1.5104),
     3: (0.2451, 0.7560, 1.3439, 2.1520),
@@ -43,7 +43,7 @@ def test_lloyd_max_mse_is_the_published_one_within_1e_4(bits):
 )
 def test_polynomial_mse_is_what_design_says(name, bits, loss):
     ratio = gaussian_mse(get_codebook(name, bits)) / gaussian_mse(get_codebook("lloyd_max", bits))
-    assert ratio - 1 == pytest.approx(loss, abs=6e-4)  # DESIGN gives one digit of a per cent
+    assert ratio - 1 == pytest.approx(loss, abs=6e-4)  # `loss` is rounded to 0.1 per cent
 
 
 @pytest.mark.parametrize("name, bits", ALL)

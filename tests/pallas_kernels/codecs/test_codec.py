@@ -1,4 +1,4 @@
-"""What holds for every codec: exact bytes, defined results for awkward input, page means."""
+"""Properties of every codec: exact bytes, defined results for awkward input, page means."""
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +41,7 @@ def test_constant_vector_keeps_its_direction(codec):
     cosine = (
         np.sum(restored * x, -1) / np.linalg.norm(restored, axis=-1) / np.linalg.norm(x, axis=-1)
     )
-    # Plain Hadamard maps it to one spike, which a codebook cannot hold: the case for signs.
+    # Without signs Hadamard maps it to a single spike, which a codebook cannot represent.
     spike = isinstance(codec, TurboQuant) and codec.sign_seed is None
     assert np.all(cosine > (0.1 if spike else 0.9))
 

@@ -2,7 +2,7 @@ import pytest
 
 from jaxkv.codecs import Float8, MinMax, TurboQuant, codec_names, get_codec, recipe
 
-# At head_dim 64 and page 64, factors and page means included: what issue 4 and DESIGN allow.
+# Bits per value at head_dim 64 and page_size 64, factors and page means included.
 BITS = {
     "exact": 16,
     "int8": 8.375,

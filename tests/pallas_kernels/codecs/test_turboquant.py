@@ -18,7 +18,10 @@ def gaussian(shape, seed=0):
 
 
 def outliers(tokens, head_dim, seed=0):
-    """Four channels, all in one block of a block-diagonal transform, 20 times the others."""
+    """Vectors whose first four channels are 20 times as large as the others.
+
+    A block-diagonal transform would have all four in one block.
+    """
     x = gaussian((tokens, head_dim), seed)
     x[:, :4] *= 20
     return x
@@ -35,13 +38,14 @@ def test_error_on_gaussian_vectors_is_the_codebooks(head_dim, bits):
     codec = TurboQuant(bits=bits, factor="least_squares", sign_seed=0)
     expected = gaussian_mse(get_codebook("cubic", bits))
     ratio = relative_mse(codec, gaussian((2000, head_dim))) / expected
-    assert 1 - 7 / head_dim < ratio < 1.01  # on a sphere of few dims a little easier than N(0, 1)
+    # Normalised vectors of few dims are a little easier to quantize than N(0, 1).
+    assert 1 - 7 / head_dim < ratio < 1.01
 
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_outlier_channels_do_not_raise_the_error(head_dim):
     codec = TurboQuant(bits=3, factor="least_squares")
-    # A block-diagonal transform has 0.058 here at head_dim 80; the Gaussian value is 0.0346.
+    # A block-diagonal transform gives 0.058 here at head_dim 80; Gaussian vectors have 0.0346.
     assert relative_mse(codec, outliers(2000, head_dim)) < 0.036
 
 
@@ -51,7 +55,8 @@ def test_constant_offset_breaks_plain_hadamard_and_signs_or_mean_mend_it():
     assert relative_mse(plain, x) > 0.05
     assert relative_mse(TurboQuant(bits=4, sign_seed=0), x) < 0.012
     centred = TurboQuant(bits=4, mean=True)
-    assert relative_mse(centred, x, page_mean(x, axis=0)) < 0.002  # of x, offset included
+    # Relative to x with its offset, which is most of it.
+    assert relative_mse(centred, x, page_mean(x, axis=0)) < 0.002
 
 
 @pytest.mark.parametrize("factor", ["norm", "least_squares", "unbiased"])

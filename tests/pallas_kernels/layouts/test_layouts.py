@@ -23,13 +23,13 @@ from pallas_kernels.layouts.page_layout import MAX_WASTE
 from pallas_kernels.layouts.plain import Plain
 
 PLATFORMS = ("cpu", "gpu", "tpu")
-# On TPU 2- and 3-bit codes of 80 dims fill no 32-bit words, and 3 heads leave rows of a tile empty.
+# TPUs: 2- and 3-bit codes of 80 dims do not fill 32-bit words, and 3 heads waste rows of a tile.
 REFUSED = [(name, 8, 80) for name in ("k3v4_nc", "3bit_nc", "tq3", "tq2")]
 REFUSED += [(name, 3, 64) for name in ("k8v4", "4bit_nc", "k3v4_nc", "3bit_nc", "tq3", "tq2")]
 
 
 def random_record(codec, shape, seed):
-    """Any codes and any factor bits, not only those that quantize would give."""
+    """A record of random codes and factor bits, not only those that `quantize` would give."""
     rng = np.random.default_rng(seed)
     raw = lambda dtype, shape: jnp.asarray(
         rng.integers(0, 256, (*shape, jnp.dtype(dtype).itemsize), np.uint8).view(dtype)[..., 0]

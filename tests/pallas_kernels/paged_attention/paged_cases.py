@@ -1,4 +1,4 @@
-"""Cases of paged attention with the keys and values they stand for, and all calls of the op."""
+"""Cases of paged attention beside the same keys and values unpaged, and ways to call the op."""
 
 import contextlib
 import dataclasses
@@ -52,7 +52,7 @@ def call_op(
 
 
 def operands(q, table, where, sink_table=None):
-    """The op's arguments from arrays by name."""
+    """Builds the op's queries and segment from arrays."""
     queries = Queries(q, where["q_start"], where["q_lens"])
     return queries, Segment(table, where["kv_start"], where["kv_stop"], sink_table)
 
@@ -95,7 +95,7 @@ def call_kernel(
 
 
 def dense(q, k, v, q_position, k_position, *, window=None, sink_tokens=0, lag=None, **options):
-    """The formula on keys in a row."""
+    """The formula on contiguous keys."""
     rule = Rule(window=window, sink_tokens=sink_tokens, lag=lag)
     return dense_attention(q, k, v, q_position, k_position, rule=rule, **options)
 
@@ -106,14 +106,14 @@ oracle = jax.jit(dense, static_argnames=("scale", *RULE))
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
-    """Arguments of the op; beside them the same keys and values in a row."""
+    """Arguments of the op, and the same keys and values without pages."""
 
     q: jax.Array
     pages: Pages
     table: jax.Array
     where: dict[str, jax.Array]  # q_start, q_lens, kv_start, kv_stop
-    k: jax.Array  # [batch, tokens, kv_heads, head_dim], the values that the pages stand for
-    v: jax.Array
+    k: jax.Array  # [batch, tokens, kv_heads, head_dim], as the pages hold them, dequantized
+    v: jax.Array  # like k
     page_size: int
 
     @property
@@ -121,17 +121,17 @@ class Case:
         return self.q, self.pages, self.table, self.where
 
     def attend(self, *, backend=None, **options):
-        """By the op."""
+        """Result of the op."""
         with on_the_device() if backend == "gpu" else contextlib.nullcontext():
             return attend_op(*self.arguments, backend=backend, **options)
 
     def attend_kernel(self, *, interpret, config=None, **options):
-        """By the GPU kernel; None lets it choose its tile sizes."""
+        """Result of the GPU kernel; `config=None` lets it choose its tile sizes."""
         with on_the_device():
             return attend_kernel(*self.arguments, interpret=interpret, config=config, **options)
 
     def dense(self, **options):
-        """By the formula."""
+        """Result of the dense formula."""
         start, count, first, stop = (
             np.asarray(self.where[name])[:, None]
             for name in ("q_start", "q_lens", "kv_start", "kv_stop")
@@ -165,7 +165,7 @@ def make_case(
     poison=np.nan,
     seed=0,
 ):
-    """A case whose pages are shuffled, with `poison` wherever no token of a segment stands.
+    """A case whose pages are shuffled, with `poison` wherever there is no token of a segment.
 
     Args:
       store: a float dtype, or a `KVCodec`, whose pages are laid out as `TokenMajor`.
@@ -248,14 +248,14 @@ class _Stored:
 
 
 def _round(dtype, k, v, *_, **__):
-    """Keys and values as a float type holds them, and what is stored."""
+    """Rounds keys and values to a float type; returns them and the arrays that are stored."""
     arrays = {name: np.asarray(jnp.asarray(x, dtype)) for name, x in (("k", k), ("v", v))}
     stored = _Stored(arrays=arrays, axes={"k": -2, "v": -2})
     return *(x.astype(np.float32) for x in arrays.values()), stored
 
 
 def _encode(codec, k, v, normal, *, page_size, word_bits):
-    """Keys and values as a codec gives them back, and what is stored."""
+    """Quantizes keys and values; returns them dequantized, and the arrays that are stored."""
     batch, kv_heads, _, head_dim = k.shape
     layout = TokenMajor(
         codec=codec,

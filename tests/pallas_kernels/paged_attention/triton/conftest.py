@@ -1,4 +1,4 @@
-"""The Triton kernels run interpreted, and with a GPU compiled too (pytest -m gpu)."""
+"""Fixtures: the Triton kernels run interpreted and, with a GPU, also compiled (pytest -m gpu)."""
 
 import dataclasses
 
@@ -16,16 +16,16 @@ def interpret(request):
 
 @pytest.fixture(autouse=True)
 def on_the_host():
-    """Cases and oracles: a GPU would compile every small step of theirs."""
+    """Builds cases and runs oracles on the CPU: on a GPU each of their small steps is compiled."""
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         yield
 
 
 @pytest.fixture
 def few_programs(monkeypatch):
-    """Tile sizes as they are chosen, but programs so few that their shares cross sequences.
+    """Launches only 6 programs, so that their shares cross sequences; tile sizes stay as chosen.
 
-    Gives a list of the shapes that were planned.
+    Yields a list to which every planned work list adds the shape of its batch.
     """
     planned = []
 

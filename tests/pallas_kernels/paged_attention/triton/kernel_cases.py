@@ -1,4 +1,4 @@
-"""Cases that the GPU kernel serves, its tile sizes for short sequences, and how close it comes."""
+"""Cases that the GPU kernel serves, tile sizes for short sequences, and tolerances."""
 
 import dataclasses
 
@@ -9,7 +9,8 @@ from pallas_kernels.paged_attention.triton.tiles import DecodeConfig
 from tests.pallas_kernels.paged_attention import paged_cases
 
 FLOATS = ("float32", "float16", "bfloat16")
-# Relative L2 error: rounding of probabilities, of queries of coded pages and of levels.
+# Largest relative L2 error. It comes from rounding probabilities and, with coded pages, queries and
+# levels.
 TOLERANCE = {"float32": 1e-6, "float16": 1e-3, "bfloat16": 3e-3, "coded": 3e-3}
 SMALL = DecodeConfig(block=32, programs=10, good_tokens=32, least_tokens=32)
 EDGES = dataclasses.replace(SMALL, mask_all=False)
@@ -19,9 +20,9 @@ TRANSPOSED = dataclasses.replace(EDGES, transposed=True)
 def make_case(
     store="bfloat16", *, lengths=(1, 33, 64, 150), page_size=16, head_dim=64, **options
 ) -> paged_cases.Case:
-    """Like `paged_cases.make_case`; `store` may be the name of a codec, too.
+    """Like `paged_cases.make_case`; `store` may also be the name of a codec.
 
-    Entries of pages outside a segment lie beyond the pool: they are never looked up.
+    Table entries of pages outside the segment are beyond the pool: they must never be looked up.
     """
     return paged_cases.make_case(
         get_codec(store) if isinstance(store, str) and store not in FLOATS else store,
@@ -35,7 +36,7 @@ def make_case(
 
 
 def assert_close(got, expected, store="bfloat16"):
-    """Holds `(out, lse)` to what is expected of pages that store `store`."""
+    """Asserts that `(out, lse)` is as close to the expected as pages of kind `store` allow."""
     tolerance = TOLERANCE[store if store in FLOATS else "coded"]
     (out, lse), (want, want_lse) = got, expected
     out, lse, want, want_lse = map(np.asarray, (out, lse, want, want_lse))

@@ -54,7 +54,7 @@ def run_ptx(text, inputs):
 
 
 def run_asm(order, text, args, constraints, pack, dtype=jnp.float16):
-    """`elementwise_inline_asm` by the emulator; elements share registers in this `order`."""
+    """`elementwise_inline_asm` by the emulator; elements fill registers in the given `order`."""
     del constraints
     registers = []
     for x in args:

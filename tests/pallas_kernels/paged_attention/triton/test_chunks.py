@@ -5,7 +5,8 @@ import pytest
 from pallas_kernels.rule import PageLag
 from tests.pallas_kernels.paged_attention.triton.kernel_cases import assert_close, make_case
 
-# More rows than a program takes, in blocks of 8 or 42 tokens: the last one partly or all padding.
+# More rows than one program takes, cut into blocks of 8 (CHUNK) or 42 (LONG) tokens; the last block
+# is partly or all padding.
 CHUNK = dict(lengths=(20, 49, 130, 75), q_lens=(20, 17, 0, 1), group=16, kv_heads=1)
 LONG = dict(lengths=(50, 131), q_lens=(50, 45), group=3)
 CASES = {
@@ -15,7 +16,8 @@ CASES = {
     "recent pages": ("bfloat16", LONG, dict(lag=PageLag(16, most=2))),
     "tq4": ("tq4", LONG | dict(head_dim=128), dict(lag=PageLag(16, least=1))),
 }
-# Blocks are loaded alike whoever they belong to, so these take one of the two tests each.
+# Loading does not depend on which sequence a block belongs to, so each of the cases added here runs
+# in one of the two tests only.
 WHOLE = CASES | {
     "head_dim 256": ("bfloat16", CHUNK | dict(head_dim=256), dict()),
     "fp8_e4m3": ("fp8_e4m3", LONG, dict()),
@@ -45,6 +47,6 @@ def test_programs_cross_blocks(case, interpret, few_programs):
 
 
 def test_one_token_blocks(interpret):
-    """More query heads of a kv head than half a block has rows; the last two tokens are padding."""
+    """With 70 query heads per kv head, a block of 128 rows has room for one token only."""
     shape = dict(lengths=(3, 20), q_lens=(3, 1), group=70, kv_heads=1)
     check_case("bfloat16", shape, dict(window=9), interpret)

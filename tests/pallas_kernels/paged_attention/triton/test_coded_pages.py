@@ -1,4 +1,4 @@
-"""The GPU kernel on coded pages equals the dense formula on the values that the codes stand for."""
+"""The GPU kernel on coded pages equals the dense formula on the dequantized keys and values."""
 
 import dataclasses
 import functools
@@ -72,7 +72,7 @@ def test_shapes(codec, shape, interpret):
 
 
 def test_one_mean_serves_all_pages(interpret):
-    """Bit by bit, so both programs are compiled as users' are."""
+    """Results are equal bit by bit, so both programs are compiled without special options."""
     case = make_case("tq4", lengths=(1, 150))
     shape = case.pages.key_mean.shape
     rng = np.random.default_rng(1)

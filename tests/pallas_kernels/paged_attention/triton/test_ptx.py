@@ -1,4 +1,4 @@
-"""The level arithmetic of codes: its polynomials, and the PTX itself, not its twin."""
+"""The polynomials of levels, and the PTX itself, run by an emulator in place of its plain twin."""
 
 import functools
 
@@ -46,7 +46,7 @@ TENSORS = {
 
 
 def unpacked(reader, packed, dims_first) -> np.ndarray:
-    """`[tokens, head_dim]` from words as the kernel loads them, by the reader's PTX."""
+    """Values `[tokens, head_dim]` that the reader's PTX makes of packed words."""
     turn = (lambda x: jnp.asarray(x.T)) if dims_first and reader.turns_words else jnp.asarray
     loaded, shifts = [], []
     for i, tile in enumerate(reader.tiles):
@@ -67,9 +67,9 @@ def unpacked(reader, packed, dims_first) -> np.ndarray:
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 192])
 @pytest.mark.parametrize("codec", TENSORS.values(), ids=TENSORS)
 def test_ptx_unpacks_what_was_packed(codec, head_dim, word_bits, dims_first, monkeypatch):
-    """The PTX itself, not its twin, on the words that the layout packs.
+    """Runs the PTX on words that the layout packs.
 
-    Which words share a register is Triton's choice: here any two may.
+    Triton chooses which words share a register, so here random ones do.
     """
     rng = np.random.default_rng(0)
     tokens = 64

@@ -1,4 +1,4 @@
-"""Sink pages from a table of their own, by the GPU kernel: as the reference reads them."""
+"""The GPU kernel reads sink pages from their own table as the reference backend does."""
 
 import dataclasses
 
@@ -14,7 +14,8 @@ CASES = {
     "codes, drafts": ("fp8_e4m3", (2, 1, 4, 1, 3), dict(window=27, sink_tokens=20)),
     "a chunk": ("bfloat16", (4, 31, 30, 2, 60), dict(window=27, sink_tokens=20)),
 }
-# Rules and readers of these are among the ones above; shares that cross sequences are harder.
+# The rules and readers of the cases added here are covered above too, so these run only in the
+# harder test, whose shares cross sequences.
 SHARED = CASES | {
     "window, drafts": ("bfloat16", (3, 2, 4, 0, 4), dict(window=27, sink_tokens=20)),
     "recent pages": ("bfloat16", (1, 1, 1, 1, 1), dict(lag=PageLag(16, most=2))),
@@ -24,7 +25,7 @@ SHARED = CASES | {
 
 
 def check_case(store, q_lens, options, interpret):
-    """Sequences within the sink pages, at their end, just behind it, and far from it."""
+    """Attends sequences that end within the sink pages, at their end, just behind, and far off."""
     case = make_case(store, lengths=(4, 31, 36, 49, 250), q_lens=q_lens)
     start = jnp.full(5, 2 * case.page_size, jnp.int32)
     options = options | dict(sink_table=case.table[:, :2])

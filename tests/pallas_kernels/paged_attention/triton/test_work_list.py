@@ -1,4 +1,4 @@
-"""Shares of pages: every page once, as even as promised, parts where the merge looks for them."""
+"""Shares hold every page once and are as even as promised; parts are where the merge reads them."""
 
 import jax
 import jax.numpy as jnp
