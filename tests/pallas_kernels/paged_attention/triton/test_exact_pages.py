@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels.rule import PageLag
+from pallas_kernels.rule import PageLag, Rule
 from pallas_kernels.segment import Part, add_learned_sink
 from tests.pallas_kernels.paged_attention.triton.kernel_cases import (
     EDGES,
@@ -19,10 +19,10 @@ LENGTHS = dict(lengths=(1, 33, 64, 150, 61, 200, 90), kv_start=(0, 0, 0, 0, 21, 
 SEGMENTS = {"decode": LENGTHS, "verify": LENGTHS | dict(q_lens=(1, 3, 0, 4, 1, 3, 0))}
 MASKS = [
     dict(),
-    dict(window=20),
-    dict(window=40, sink_tokens=5),
-    dict(lag=PageLag(16, least=1)),
-    dict(lag=PageLag(16, most=2), soft_cap=1.5),
+    dict(rule=Rule(window=20)),
+    dict(rule=Rule(window=40, sink_tokens=5)),
+    dict(rule=Rule(lag=PageLag(16, least=1))),
+    dict(rule=Rule(lag=PageLag(16, most=2)), soft_cap=1.5),
 ]
 # Each rule with each number of query tokens; the orientations and loops take turns.
 CASES = [
@@ -32,6 +32,7 @@ CASES = [
 ]
 
 
+@pytest.mark.both_pythons
 @pytest.mark.parametrize("segments, options, config", CASES, ids=str)
 def test_exact_pages_equal_dense(segments, options, config, interpret):
     case = make_case(**SEGMENTS[segments])
@@ -68,14 +69,13 @@ def test_shapes(shape, interpret):
     assert_close(case.attend_kernel(interpret=interpret, config=EDGES), case.dense())
 
 
-# Learned sinks join after the kernel, and then the output gets its type.
 @pytest.mark.parametrize("tokens, dtype", [(1, "bfloat16"), (9, "float32")], ids=["few", "chunk"])
 def test_learned_sinks_and_the_type_of_the_output(tokens, dtype, interpret):
     case = make_case(lengths=(20, 49), q_lens=(tokens, 1))
     out, lse = case.attend(backend="gpu", interpret=interpret, out_dtype=jnp.dtype(dtype))
     assert out.dtype == dtype
     assert_close((out.astype(jnp.float32), lse), case.dense())
-    sinks = jnp.arange(case.q.shape[2], dtype=jnp.float32) / 3 - 1
+    sinks = jnp.arange(out.shape[2], dtype=jnp.float32) / 3 - 1
     part = add_learned_sink(Part(out, lse), sinks)
     assert part.out.dtype == jnp.float32
     assert_close(part, case.dense(sink_logits=sinks))
