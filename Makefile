@@ -19,12 +19,15 @@ PIP := $(PY) -m pip --disable-pip-version-check -q -q
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s %s\n", $$1, $$2 }' Makefile
+	@echo "  make test keeps compiled programs in ~/.cache/jaxkv/tests-xla, or in JAX_COMPILATION_CACHE_DIR"
 	@echo "  variables: PYTHON=$(PYTHON) VENV=$(VENV) ARGS=\"more arguments\" JOBS=2 PROMPT=\"...\" PEERS=1"
 
 demo: $(VENV)/.demo ## stream a story from SmolLM2-135M on the CPU (98 MB, fetched once)
 	@$(PY) scripts/generate.py --model smollm2 --chat --prompt "$$PROMPT" \
 		--max-tokens 200 --temperature 0.7 --seed 7 $(ARGS)
 
+# Compiled programs are kept below XDG_CACHE_HOME or ~/.cache, in jaxkv/tests-xla, which
+# may be deleted at any time; JAX_COMPILATION_CACHE_DIR=folder names another folder.
 test: $(VENV)/.test ## run the tests; ARGS="-m 'not slow'" leaves out the slow ones
 	$(PY) -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 

@@ -8,6 +8,8 @@ import gc
 import hashlib
 import os
 import platform
+import time
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -15,29 +17,47 @@ import pytest
 TESTS = Path(__file__).resolve().parent
 
 
-def _cpu_fingerprint() -> str:
-    """Names the CPU's instruction set: JAX's cache key leaves it out, so a work tree that moves to
-    another machine would load code which that machine may not run."""
+def _cache_folder() -> Path:
+    """Where compiled programs are kept, outside the work tree: fresh clones find them, too.
+
+    By the CPU's instruction set, which JAX's cache key leaves out (another machine might not run
+    the code), and by version, so that old versions' folders may be deleted.
+    """
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:  # not Linux
         lines = [platform.processor()]
     features = {line for line in lines if line.startswith(("model name", "flags", "Features"))}
     text = "\n".join([platform.machine(), *sorted(features)])
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+    cpu = hashlib.sha256(text.encode()).hexdigest()[:12]
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return caches / "jaxkv" / "tests-xla" / f"{cpu}-jaxlib{metadata.version('jaxlib')}"
+
+
+def _delete_old_programs(folder: Path, days: int = 30):
+    """Bounds the cache: JAX deletes nothing. What is still in use is compiled once more."""
+    for path in folder.glob("*"):
+        with contextlib.suppress(OSError):  # another run deleted it
+            if time.time() - path.stat().st_mtime > days * 86_400:
+                path.unlink()
 
 
 # In the environment, before JAX is imported, so that scripts which tests start inherit it too.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    XLA_CACHE = TESTS.parent / ".pytest_cache" / "xla" / _cpu_fingerprint()
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(XLA_CACHE)
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(_cache_folder())
+    _delete_old_programs(_cache_folder())
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 # Most of a run's time is LLVM optimizing programs that run once. This leaves it out on CPUs and
 # nothing else: XLA's own passes are the same, so that programs, their memory and their copies are
 # (compiled.as_text() is equal). JAX_DISABLE_MOST_OPTIMIZATIONS=0 optimizes all tests.
 if os.environ["JAX_PLATFORMS"] == "cpu":
     os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    if metadata.version("jaxlib").startswith("0.10."):
+        # Its older emitter compiles twice as fast. XLA ends a process whose flags it does not know,
+        # and later versions have one emitter only.
+        flags = ["--xla_cpu_use_fusion_emitters=false", os.environ.get("XLA_FLAGS", "")]
+        os.environ["XLA_FLAGS"] = " ".join(filter(None, flags))
 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402

@@ -15,6 +15,10 @@ from pallas_kernels.rule import PageLag, Rule
 # Largest difference from the float32 oracle, by the dtype of pages, which rounds keys and values.
 TOLERANCE = {"float32": 2e-6, "float16": 2e-3, "bfloat16": 1.6e-2}
 
+# For `lowered.compile(AS_USERS)` where the program itself is tested, its copies and its memory:
+# conftest.py sets another emitter to save time.
+AS_USERS = {"xla_cpu_use_fusion_emitters": True} if jax.lib.__version__.startswith("0.10.") else {}
+
 
 def poison_unread(cache: KVCache) -> KVCache:
     """Returns the cache with NaN wherever there is no live token: free pages, tails, null page.

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxkv.allocator import NULL_PAGE, allocate, create_pool, release, retain
+from tests.helpers import AS_USERS
 
 PAGES = 9
 CALL = 6  # entries per call
@@ -135,5 +136,5 @@ def test_memory_does_not_grow_with_the_pool(name):
     pages = 1 << 20
     pool = jax.eval_shape(lambda: create_pool(pages))
     named = jax.ShapeDtypeStruct((CALL,), bool if name == "allocate" else jnp.int32)
-    compiled = OPS[name].lower(pool, named).compile()
+    compiled = OPS[name].lower(pool, named).compile(AS_USERS)
     assert compiled.memory_analysis().temp_size_in_bytes < 10_000  # a copy would be 4 MiB

@@ -14,7 +14,9 @@ from jaxkv import CacheConfig, KVCache, LayerSpec
 from jaxkv.codecs import get_codec
 from pallas_kernels.dense_attention import dense_attention
 from pallas_kernels.rule import Rule
-from tests.helpers import TOLERANCE
+from tests.helpers import AS_USERS, TOLERANCE
+
+pytestmark = pytest.mark.both_pythons
 
 BATCH, Q_HEADS, KV_HEADS, HEAD_DIM, PAGE, CHUNK = 2, 6, 3, 64, 64, 48
 FULL = LayerSpec(kv_heads=KV_HEADS, head_dim=HEAD_DIM, dtype="float32")
@@ -84,7 +86,7 @@ def repeated(layers, cache, x):
 def compile_for(operation, *arguments, config=BIG):
     """Compiles without allocating anything; the cache, the first argument, is donated."""
     cache = jax.eval_shape(lambda: KVCache.create(config))
-    return cache, jax.jit(operation, donate_argnums=0).lower(cache, *arguments).compile()
+    return cache, jax.jit(operation, donate_argnums=0).lower(cache, *arguments).compile(AS_USERS)
 
 
 def assert_in_place(cache, compiled):

@@ -14,6 +14,8 @@ import models
 from jaxkv import Keep
 from jaxkv.generate import Sizes, default_chunk, prompt_seeds
 
+pytestmark = pytest.mark.both_pythons
+
 ORACLES = Path(__file__).parents[1] / "oracles"
 PROMPTS = [[5, 9, 200, 3], [17], list(range(20, 61))]
 HOT = jaxkv.Sampling(temperature=1.5, top_k=50)

@@ -5,6 +5,7 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import jaxkv
 from jaxkv.steps import (
@@ -16,7 +17,10 @@ from jaxkv.steps import (
     prefill_chunk,
     start,
 )
+from tests.helpers import AS_USERS
 from tests.jaxkv.plain_model import plain_greedy, plain_model
+
+pytestmark = pytest.mark.both_pythons
 
 
 def cache_config(model, **sizes):
@@ -70,7 +74,7 @@ def test_the_compiled_block_calls_no_host_and_copies_no_pool():
     )
     last = jax.ShapeDtypeStruct((2, model.hidden_size), jnp.float32)
     state = jax.eval_shape(start, model, cache, last, requests)
-    compiled = decode_block.lower(model, state, requests, steps=16, backend=None).compile()
+    compiled = decode_block.lower(model, state, requests, steps=16, backend=None).compile(AS_USERS)
     text = compiled.as_text()
     assert "callback" not in text and "infeed" not in text and "outfeed" not in text
     pool = cache.stores[0].pages.arrays["k"]

@@ -15,8 +15,11 @@ from jaxkv.codecs import codec_names
 from models.decoder import Decoder
 from models.families.architectures import architecture_config
 from models.pattern import Place, pattern_places
+from tests.helpers import AS_USERS
 from tests.jaxkv.test_cache_memory import assert_in_place
 from tests.models.numpy_mixed import FULL, SLIDING, gemma_config, gpt_oss_config
+
+pytestmark = pytest.mark.both_pythons
 
 ORACLES = Path(__file__).parents[1] / "oracles"
 NEW = 9
@@ -229,7 +232,9 @@ def test_scanned_pattern_makes_no_copy_of_its_two_groups_pools(codec, tokens):
         return cache.commit(count), hidden
 
     ids = jax.ShapeDtypeStruct((2, tokens), jnp.int32)
-    assert_in_place(cache, jax.jit(step, donate_argnums=0).lower(cache, model, ids).compile())
+    assert_in_place(
+        cache, jax.jit(step, donate_argnums=0).lower(cache, model, ids).compile(AS_USERS)
+    )
 
 
 def test_bfloat16_models_run_and_embeddings_are_scaled_in_their_dtype():

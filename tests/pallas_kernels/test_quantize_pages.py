@@ -14,6 +14,8 @@ from pallas_kernels.backends import interpret_kernels
 from pallas_kernels.pages import Pages
 from pallas_kernels.quantize_pages import choose, quantize_pages, triton
 
+pytestmark = pytest.mark.both_pythons
+
 LAYERS, KV_HEADS, PAGE = 3, 2, 16
 SOURCE, TARGET = jnp.array([1, 2, 3], jnp.int32), jnp.array([4, 2, 5], jnp.int32)
 WANTED = jnp.array([True, False, True])

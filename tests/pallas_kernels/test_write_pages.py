@@ -18,6 +18,8 @@ from pallas_kernels.backends import interpret_kernels
 from pallas_kernels.pages import Pages
 from pallas_kernels.write_pages import choose, triton, write_pages
 
+pytestmark = pytest.mark.both_pythons
+
 LAYERS, PAGE_SIZE, BATCH = 2, 16, 3
 
 

@@ -10,6 +10,8 @@ import pytest
 
 from scripts.shared.command import parse
 
+pytestmark = pytest.mark.both_pythons
+
 ROOT = Path(__file__).parents[2]
 FILES = [*(ROOT / "scripts").glob("*.py"), *(ROOT / "scripts" / "bench").glob("*.py")]
 COMMANDS = {

@@ -1,4 +1,4 @@
-"""Cases of paged attention beside the same keys and values unpaged, and ways to call the op."""
+"""Cases of paged attention with the keys and values they stand for, and all calls of the op."""
 
 import contextlib
 import dataclasses
@@ -9,82 +9,50 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.backends import interpret_kernels
-from pallas_kernels.codecs.codec import KVCodec, page_mean
+from pallas_kernels.codecs.codec import Exact, KVCodec, page_mean
 from pallas_kernels.dense_attention import dense_attention
+from pallas_kernels.layouts.plain import Plain
 from pallas_kernels.layouts.token_major import TokenMajor
 from pallas_kernels.paged_attention import paged_attention
 from pallas_kernels.paged_attention.triton import call
 from pallas_kernels.pages import Pages
-from pallas_kernels.rule import Rule
-from pallas_kernels.segment import Queries, Segment, add_learned_sink
+from pallas_kernels.rule import CAUSAL, Rule
+from pallas_kernels.segment import Part, Queries, Segment
 
 LAYERS, LAYER, SCALE = 3, 1, 0.2
-RULE = ("window", "sink_tokens", "lag", "soft_cap")
-# Interpreted kernels are large programs that run once, and jaxlib 0.10 compiles them in a third of
-# the time with its older emitter. Later versions have one emitter and refuse the option.
-IS_0_10 = jax.lib.__version__.startswith("0.10.")
-FAST_COMPILE = {"xla_cpu_use_fusion_emitters": False} if IS_0_10 else {}
-KERNEL_STATIC = ("config", "interpret", *RULE)
+KERNEL_STATIC = ("rule", "soft_cap", "config", "interpret")
 
 
 def call_op(
-    q,
-    pages,
-    table,
-    where,
-    sink_table=None,
+    queries: Queries,
+    pages: Pages,
+    segment: Segment,
+    rule: Rule = CAUSAL,
     *,
     interpret=False,
     layer=LAYER,
     scale=SCALE,
-    window=None,
-    sink_tokens=0,
-    lag=None,
-    sink_logits=None,
     **options,
-):
-    """The op, not jitted: `where` holds q_start, q_lens, kv_start and kv_stop."""
-    queries, segment = operands(q, table, where, sink_table)
-    rule = Rule(window=window, sink_tokens=sink_tokens, lag=lag)
+) -> Part:
+    """The op, not jitted."""
     with interpret_kernels() if interpret else contextlib.nullcontext():
-        part = paged_attention(queries, pages, segment, rule, layer=layer, scale=scale, **options)
-    return part if sink_logits is None else add_learned_sink(part, sink_logits)
-
-
-def operands(q, table, where, sink_table=None):
-    """Builds the op's queries and segment from arrays."""
-    queries = Queries(q, where["q_start"], where["q_lens"])
-    return queries, Segment(table, where["kv_start"], where["kv_stop"], sink_table)
+        return paged_attention(queries, pages, segment, rule, layer=layer, scale=scale, **options)
 
 
 # One program for all cases that are alike in shapes and options, whatever their lengths.
 attend_op = jax.jit(
     call_op,
-    static_argnames=("interpret", "layer", "scale", *RULE, "out_dtype", "backend"),
-    compiler_options=FAST_COMPILE,
+    static_argnames=("rule", "interpret", "layer", "scale", "soft_cap", "out_dtype", "backend"),
 )
 
 
-def call_kernel(
-    q,
-    pages,
-    table,
-    where,
-    *,
-    config,
-    interpret,
-    window=None,
-    sink_tokens=0,
-    lag=None,
-    soft_cap=None,
-):
+def call_kernel(queries, pages, segment, rule=CAUSAL, *, config, interpret, soft_cap=None) -> Part:
     """The GPU kernel below the op, not jitted, with tile sizes of the test's choice."""
-    queries, segment = operands(q, table, where)
     return call.paged_attention(
         queries,
         pages,
         segment,
-        rule=Rule(window=window, sink_tokens=sink_tokens, lag=lag),
+        rule=rule,
         layer=jnp.int32(LAYER),
         scale=SCALE,
         soft_cap=soft_cap,
@@ -94,53 +62,51 @@ def call_kernel(
     )
 
 
-def dense(q, k, v, q_position, k_position, *, window=None, sink_tokens=0, lag=None, **options):
-    """The formula on contiguous keys."""
-    rule = Rule(window=window, sink_tokens=sink_tokens, lag=lag)
-    return dense_attention(q, k, v, q_position, k_position, rule=rule, **options)
-
-
-attend_kernel = jax.jit(call_kernel, static_argnames=KERNEL_STATIC, compiler_options=FAST_COMPILE)
-oracle = jax.jit(dense, static_argnames=("scale", *RULE))
+attend_kernel = jax.jit(call_kernel, static_argnames=KERNEL_STATIC)
+oracle = jax.jit(dense_attention, static_argnames=("scale", "rule", "soft_cap"))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
-    """Arguments of the op, and the same keys and values without pages."""
+    """Arguments of the op; beside them the same keys and values in a row."""
 
-    q: jax.Array
+    queries: Queries
     pages: Pages
-    table: jax.Array
-    where: dict[str, jax.Array]  # q_start, q_lens, kv_start, kv_stop
-    k: jax.Array  # [batch, tokens, kv_heads, head_dim], as the pages hold them, dequantized
-    v: jax.Array  # like k
-    page_size: int
+    segment: Segment
+    k: jax.Array  # [batch, tokens, kv_heads, head_dim], the values that the pages stand for
+    v: jax.Array
 
     @property
     def arguments(self):
-        return self.q, self.pages, self.table, self.where
+        return self.queries, self.pages, self.segment
 
-    def attend(self, *, backend=None, **options):
-        """Result of the op."""
+    def attend(self, rule=CAUSAL, *, backend=None, **options) -> Part:
+        """By the op."""
         with on_the_device() if backend == "gpu" else contextlib.nullcontext():
-            return attend_op(*self.arguments, backend=backend, **options)
+            return attend_op(*self.arguments, rule, backend=backend, **options)
 
-    def attend_kernel(self, *, interpret, config=None, **options):
-        """Result of the GPU kernel; `config=None` lets it choose its tile sizes."""
+    def attend_kernel(self, rule=CAUSAL, *, interpret, config=None, **options) -> Part:
+        """By the GPU kernel; None lets it choose its tile sizes."""
         with on_the_device():
-            return attend_kernel(*self.arguments, interpret=interpret, config=config, **options)
+            return attend_kernel(
+                *self.arguments, rule, interpret=interpret, config=config, **options
+            )
 
-    def dense(self, **options):
-        """Result of the dense formula."""
-        start, count, first, stop = (
-            np.asarray(self.where[name])[:, None]
-            for name in ("q_start", "q_lens", "kv_start", "kv_stop")
-        )
-        row = np.arange(self.q.shape[1], dtype=np.int32)[None]
+    def dense(self, rule=CAUSAL, **options):
+        """By the formula."""
+        first, stop = (np.asarray(x)[:, None] for x in (self.segment.start, self.segment.stop))
         j = np.arange(self.k.shape[1], dtype=np.int32)[None]
-        q_position = np.where(row < count, start + row, -1)
         k_position = np.where((j >= first) & (j < stop), j, -1)
-        return oracle(self.q, self.k, self.v, q_position, k_position, scale=SCALE, **options)
+        return oracle(
+            self.queries.q,
+            self.k,
+            self.v,
+            self.queries.positions,
+            k_position,
+            scale=SCALE,
+            rule=rule,
+            **options,
+        )
 
 
 def on_the_device():
@@ -165,7 +131,7 @@ def make_case(
     poison=np.nan,
     seed=0,
 ):
-    """A case whose pages are shuffled, with `poison` wherever there is no token of a segment.
+    """A case whose pages are shuffled, with `poison` wherever no token of a segment stands.
 
     Args:
       store: a float dtype, or a `KVCodec`, whose pages are laid out as `TokenMajor`.
@@ -191,89 +157,63 @@ def make_case(
     width = tokens // page_size + 1 if width is None else width
     normal = lambda *shape: rng.standard_normal(shape, dtype=np.float32)
     k, v = (normal(batch, kv_heads, tokens, head_dim) for _ in range(2))
-    k, v, stored = (_encode if isinstance(store, KVCodec) else _round)(
-        store, k, v, normal, page_size=page_size, word_bits=word_bits
-    )
+    layout = _layout(store, head_dim, page_size, word_bits)
+    if layout.codec.key_mean == "page":
+        k = k + normal(1, kv_heads, 1, head_dim)
+    k, v, arrays, mean = jax.tree.map(np.asarray, _store(layout, k, v))
+    axes = layout.token_axes
     pages = 2 + batch * width
     free = list(rng.permutation(np.arange(1, pages - 1)))
     table = np.full((batch, width), pages - 1 if unread is None else unread, np.int32)
     if unread is None:
         table[::2] = 0
     pools = {}
-    for name, x in stored.arrays.items():
+    for name, x in arrays.items():
         shape = list(x.shape[1:])
-        shape[stored.axes[name]] = page_size
+        shape[axes[name]] = page_size
         pools[name] = np.full((LAYERS, pages, *shape), _poison(x.dtype, poison), x.dtype)
     means = np.full((LAYERS, pages, kv_heads, head_dim), np.nan, np.float16)
     for b, (start, stop) in enumerate(zip(kv_start, lengths, strict=True)):
         for g in range(start // page_size, -(-stop // page_size)):
             page = table[b, g % width] = free.pop()
-            if stored.mean is not None:
-                means[LAYER, page] = stored.mean[b, :, g]
+            if mean is not None:
+                means[LAYER, page] = mean[b, :, g]
             low, high = max(start, g * page_size), min(stop, (g + 1) * page_size)
-            for name, x in stored.arrays.items():
-                source = np.moveaxis(x[b], stored.axes[name], 0)
-                target = np.moveaxis(pools[name][LAYER, page], stored.axes[name], 0)
+            for name, x in arrays.items():
+                source = np.moveaxis(x[b], axes[name], 0)
+                target = np.moveaxis(pools[name][LAYER, page], axes[name], 0)
                 target[low % page_size : low % page_size + high - low] = source[low:high]
-    where = dict(
-        q_start=np.subtract(lengths, q_lens), q_lens=q_lens, kv_start=kv_start, kv_stop=lengths
-    )
     q = normal(batch, max(1, *q_lens), kv_heads * group, head_dim)
     padding = np.arange(q.shape[1])[None, :, None, None] >= np.reshape(q_lens, (-1, 1, 1, 1))
+    i32 = lambda x: jnp.asarray(x, jnp.int32)
     return Case(
-        q=jnp.asarray(np.where(padding, np.float32(np.nan), q), q_dtype),
-        pages=stored.as_pages({n: jnp.asarray(x) for n, x in pools.items()}, jnp.asarray(means)),
-        table=jnp.asarray(table),
-        where={name: jnp.asarray(x, jnp.int32) for name, x in where.items()},
+        queries=Queries(
+            jnp.asarray(np.where(padding, np.float32(np.nan), q), q_dtype),
+            i32(np.subtract(lengths, q_lens)),
+            i32(q_lens),
+        ),
+        pages=Pages(
+            arrays=jax.tree.map(jnp.asarray, pools),
+            key_mean=None if mean is None else jnp.asarray(means),
+            layout=layout,
+        ),
+        segment=Segment(i32(table), i32(kv_start), i32(lengths)),
         k=jnp.asarray(np.swapaxes(k, 1, 2)),
         v=jnp.asarray(np.swapaxes(v, 1, 2)),
-        page_size=page_size,
     )
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Stored:
-    """Sequences' arrays before they are cut into pages."""
-
-    arrays: dict[str, np.ndarray]  # [batch, ...], tokens on `axes`
-    axes: dict[str, int]
-    mean: np.ndarray | None = None  # [batch, kv_heads, pages, head_dim]
-    layout: TokenMajor | None = None  # None for exact pages
-
-    def as_pages(self, pools, means) -> Pages:
-        if self.layout is None:
-            return Pages.exact(**pools)
-        key_mean = None if self.mean is None else means
-        return Pages(arrays=pools, key_mean=key_mean, layout=self.layout)
-
-
-def _round(dtype, k, v, *_, **__):
-    """Rounds keys and values to a float type; returns them and the arrays that are stored."""
-    arrays = {name: np.asarray(jnp.asarray(x, dtype)) for name, x in (("k", k), ("v", v))}
-    stored = _Stored(arrays=arrays, axes={"k": -2, "v": -2})
-    return *(x.astype(np.float32) for x in arrays.values()), stored
-
-
-def _encode(codec, k, v, normal, *, page_size, word_bits):
-    """Quantizes keys and values; returns them dequantized, and the arrays that are stored."""
-    batch, kv_heads, _, head_dim = k.shape
-    layout = TokenMajor(
-        codec=codec,
-        head_dim=head_dim,
-        page_size=page_size,
-        word_bits=word_bits,
-    )
-    if codec.key_mean == "page":
-        k = k + normal(1, kv_heads, 1, head_dim)
-    k, v, arrays, mean = _code(layout, k, v)
-    arrays = {name: np.asarray(x) for name, x in arrays.items()}
-    mean = None if mean is None else np.asarray(mean)
-    stored = _Stored(arrays=arrays, axes=layout.token_axes, mean=mean, layout=layout)
-    return np.asarray(k), np.asarray(v), stored
+def _layout(store, head_dim, page_size, word_bits):
+    """Values of a float type lie as they are; those of a codec as the GPU kernel reads them."""
+    if isinstance(store, KVCodec):
+        return TokenMajor(codec=store, head_dim=head_dim, page_size=page_size, word_bits=word_bits)
+    codec = KVCodec(name="exact", key=Exact(store), value=Exact(store))
+    return Plain(codec=codec, head_dim=head_dim, page_size=page_size)
 
 
 @functools.partial(jax.jit, static_argnames="layout")
-def _code(layout, k, v):
+def _store(layout, k, v):
+    """Keys and values as they are read, what is stored of them, and the pages' key means."""
     codec, mean, k_mean = layout.codec, None, None
     if codec.key_mean == "page":
         paged = k.reshape(*k.shape[:2], -1, layout.page_size, layout.head_dim)

@@ -2,15 +2,15 @@
 
 import dataclasses
 import functools
-import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.backends import choose_backend
 from pallas_kernels.pages import Pages
+from pallas_kernels.rule import Rule
+from pallas_kernels.segment import Part, Queries, Segment, add_learned_sink
 from tests.helpers import TOLERANCE
 from tests.pallas_kernels.paged_attention import paged_cases
 from tests.pallas_kernels.paged_attention.paged_cases import LAYER
@@ -19,7 +19,7 @@ PAGE, KV_HEADS, GROUP = 8, 2, 3
 LENGTHS = (1, PAGE - 1, PAGE, PAGE + 1, 45)
 
 
-# The GPU kernel's tests are in `triton/`, because it serves other shapes.
+# The GPU kernel has a folder of its own: it serves other shapes.
 @pytest.fixture(params=("xla", "reference"))
 def backend(request):
     return request.param
@@ -46,16 +46,15 @@ def assert_close(got, expected, tolerance=TOLERANCE["float32"]):
 def test_two_keys_by_hand(backend):
     pages = jnp.zeros((1, 2, 1, 2, 1)).at[0, 1, 0, :, 0].set(jnp.asarray([0.0, np.log(3.0)]))
     one = jnp.asarray([1], jnp.int32)
-    out, lse = paged_cases.attend_op(
-        jnp.full((1, 1, 2, 1), 2.0),
-        Pages.exact(k=pages, v=jnp.exp(pages)),  # values 1 and 3
-        jnp.asarray([[1]], jnp.int32),
-        dict(q_start=one, q_lens=one, kv_start=0 * one, kv_stop=2 * one),
+    part = paged_cases.attend_op(
+        Queries(jnp.full((1, 1, 2, 1), 2.0), one, one),
+        Pages.exact(pages, jnp.exp(pages)),  # values 1 and 3
+        Segment(jnp.asarray([[1]], jnp.int32), 0 * one, 2 * one),
         layer=0,
         scale=0.5,
-        sink_logits=jnp.log(jnp.asarray([4.0, 0.0])),
         backend=backend,
     )
+    out, lse = add_learned_sink(part, jnp.log(jnp.asarray([4.0, 0.0])))
     np.testing.assert_allclose(out[0, 0, :, 0], [10 / 8, 10 / 4], rtol=1e-6)
     np.testing.assert_allclose(lse[0, 0], np.log([8, 4]), rtol=1e-6)
 
@@ -63,22 +62,25 @@ def test_two_keys_by_hand(backend):
 @pytest.mark.parametrize("window, sink_tokens", [(None, 0), (1, 0), (5, 0), (19, 0), (6, 3)])
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 def test_paged_equals_dense(make, window, sink_tokens, backend):
-    """All that must not be read is NaN: other layers and pages, tokens outside the segment."""
-    case, options = make(), dict(window=window, sink_tokens=sink_tokens)
-    assert_close(case.attend(**options, backend=backend), case.dense(**options))
+    """Everything else is NaN: other layers and pages, the null page, what is outside a segment."""
+    case, rule = make(), Rule(window=window, sink_tokens=sink_tokens)
+    assert_close(case.attend(rule, backend=backend), case.dense(rule))
 
 
 def test_soft_cap_and_learned_sinks(backend):
-    options = dict(soft_cap=0.7, sink_logits=jnp.linspace(-2, 3, KV_HEADS * GROUP), window=9)
+    rule, sinks = Rule(window=9), jnp.linspace(-2, 3, KV_HEADS * GROUP)
     for make in MAKERS.values():
         case = make()
-        assert_close(case.attend(**options, backend=backend), case.dense(**options))
+        part = case.attend(rule, soft_cap=0.7, backend=backend)
+        assert_close(
+            add_learned_sink(part, sinks), case.dense(rule, soft_cap=0.7, sink_logits=sinks)
+        )
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_low_precision_pages_are_read_exactly(dtype, backend):
     case = CHUNK(store=dtype)
-    assert_close(case.attend(window=19, backend=backend), case.dense(window=19))
+    assert_close(case.attend(Rule(window=19), backend=backend), case.dense(Rule(window=19)))
 
 
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
@@ -90,37 +92,42 @@ def test_unread_memory_changes_no_bit(make, backend):
 
 def test_window_hides_pages_of_the_segment(backend):
     case = make_case()
-    behind = case.table[4, :4]  # positions 0..31; the query at 44 sees 36..44
+    behind = case.segment.table[4, :4]  # positions 0..31; the query at 44 sees 36..44
     pages = jax.tree.map(lambda x: x.at[:, behind].set(jnp.nan), case.pages)
     dirty = dataclasses.replace(case, pages=pages)
-    assert_close(dirty.attend(window=9, backend=backend), case.dense(window=9))
+    assert_close(dirty.attend(Rule(window=9), backend=backend), case.dense(Rule(window=9)))
 
 
 def test_layer_may_be_traced(backend):
     case = CHUNK()
-    attend = functools.partial(paged_cases.call_op, *case.arguments, window=19, backend=backend)
+    attend = functools.partial(
+        paged_cases.call_op, *case.arguments, Rule(window=19), backend=backend
+    )
     got = jax.jit(lambda layer: attend(layer=layer))(jnp.int32(LAYER))
-    assert_close(got, case.dense(window=19))
+    assert_close(got, case.dense(Rule(window=19)))
 
 
 def test_rows_that_see_nothing_are_zero_and_minus_infinity(backend):
     case = CHUNK()
-    out, lse = case.attend(backend=backend)
-    seen = np.arange(13) < np.asarray(case.where["q_lens"])[:, None]
+    part = case.attend(backend=backend)
+    out, lse = part
+    seen = np.arange(13) < np.asarray(case.queries.lens)[:, None]
     np.testing.assert_array_equal(np.isfinite(lse).all(-1), seen)
     np.testing.assert_array_equal(np.asarray(lse)[~seen], -np.inf)
     np.testing.assert_array_equal(np.asarray(out)[~seen], 0)
     sinks = jnp.linspace(-1, 1, KV_HEADS * GROUP)
-    out, lse = case.attend(sink_logits=sinks, backend=backend)
+    out, lse = add_learned_sink(part, sinks)
     np.testing.assert_array_equal(np.asarray(out)[~seen], 0)
     np.testing.assert_array_equal(np.asarray(lse)[~seen], np.tile(sinks, (np.sum(~seen), 1)))
 
 
 def test_padding_rows_may_hold_anything(backend):
     case = CHUNK()
-    padding = np.arange(13) >= np.asarray(case.where["q_lens"])[:, None]
-    clean = dataclasses.replace(case, q=case.q.at[jnp.asarray(padding)].set(0))
-    assert np.isnan(case.q[padding]).all()
+    padding = np.arange(13) >= np.asarray(case.queries.lens)[:, None]
+    q = case.queries.q
+    assert np.isnan(q[padding]).all()
+    queries = dataclasses.replace(case.queries, q=q.at[jnp.asarray(padding)].set(0))
+    clean = dataclasses.replace(case, queries=queries)
     for x, y in zip(case.attend(backend=backend), clean.attend(backend=backend), strict=True):
         np.testing.assert_array_equal(x, y)
 
@@ -135,15 +142,15 @@ def test_empty_segment_gives_nothing(backend):
 def test_window_as_long_as_the_sequence_equals_none(backend):
     case = CHUNK()
     whole = case.attend(backend=backend)
-    assert_close(case.attend(window=max(LENGTHS), backend=backend), whole)
-    assert_close(case.attend(window=1, sink_tokens=max(LENGTHS), backend=backend), whole)
+    assert_close(case.attend(Rule(window=max(LENGTHS)), backend=backend), whole)
+    assert_close(case.attend(Rule(window=1, sink_tokens=max(LENGTHS)), backend=backend), whole)
 
 
 def test_minus_infinite_sinks_equal_none(backend):
     case = CHUNK()
     sinks = jnp.full(KV_HEADS * GROUP, -jnp.inf)
-    with_sinks = case.attend(sink_logits=sinks, backend=backend)
-    for x, y in zip(with_sinks, case.attend(backend=backend), strict=True):
+    part = case.attend(backend=backend)
+    for x, y in zip(add_learned_sink(part, sinks), part, strict=True):
         np.testing.assert_array_equal(x, y)
 
 
@@ -158,40 +165,17 @@ def test_minus_infinite_sinks_equal_none(backend):
 def test_long_segments_take_several_blocks(lengths, q_lens, backend):
     case = make_case(lengths, q_lens=q_lens, width=76)
     assert_close(case.attend(backend=backend), case.dense())
-    assert_close(case.attend(window=333, backend=backend), case.dense(window=333))
+    assert_close(case.attend(Rule(window=333), backend=backend), case.dense(Rule(window=333)))
 
 
 def test_bad_shapes_name_the_value():
-    q, pages, table, where = make_case().arguments
+    case = make_case()
+    queries, pages, segment = case.arguments
     with pytest.raises(ValueError, match=r"^page_table.shape=\(4, 7\): batch must be 5.$"):
-        paged_cases.call_op(q, pages, table[:4], where)
+        table = dataclasses.replace(segment, table=segment.table[:4])
+        paged_cases.call_op(queries, pages, table)
     with pytest.raises(ValueError, match=r"^q.shape=\(5, 6, 20\) must be \[batch, q_tokens, "):
-        paged_cases.call_op(q[:, 0], pages, table, where)
+        one = dataclasses.replace(queries, q=queries.q[:, 0])
+        paged_cases.call_op(one, pages, segment)
     with pytest.raises(ValueError, match=r"^sink_logits.shape=\(1,\) must be \(6,\).$"):
-        paged_cases.call_op(q, pages, table, where, sink_logits=jnp.zeros(1))
-
-
-def backend_module(reason=None):
-    """A backend that refuses every call with this reason, or serves it."""
-    return types.SimpleNamespace(refusal=lambda **call: reason)
-
-
-def test_backend_is_named_or_chosen():
-    served = {"xla": backend_module(), "reference": backend_module()}
-    with_gpu = served | {"gpu": backend_module()}
-    assert choose_backend("op", None, served, platform="tpu") == "xla"
-    assert choose_backend("op", None, with_gpu, platform="gpu") == "gpu"
-    assert choose_backend("op", "reference", served) == "reference"
-    with pytest.raises(NotImplementedError, match="^op has no 'tpu' backend; it runs on: xla, "):
-        choose_backend("op", "tpu", served)
-    with pytest.raises(ValueError, match="^backend='cuda' must be one of xla, reference, gpu, tpu"):
-        choose_backend("op", "cuda", served)
-    with pytest.raises(NotImplementedError, match="^op: backend='gpu' needs an NVIDIA GPU, and JA"):
-        choose_backend("op", "gpu", with_gpu, platform="cpu")
-
-
-def test_backend_that_refuses_a_call_is_not_chosen_and_says_why_if_named():
-    modules = {"xla": backend_module(), "gpu": backend_module("head_dim=3: not served")}
-    assert choose_backend("op", None, modules, platform="gpu") == "xla"
-    with pytest.raises(NotImplementedError, match="^op: head_dim=3: not served.$"):
-        choose_backend("op", "gpu", modules, platform="gpu")
+        add_learned_sink(Part(queries.q, queries.q[..., 0]), jnp.zeros(1))

@@ -8,6 +8,8 @@ import pytest
 from pallas_kernels.codecs.turboquant import TurboQuant
 from pallas_kernels.triton.rotation import FEW_ROWS, rotate_rows, sign_matrix
 
+pytestmark = pytest.mark.both_pythons
+
 SIGNED = TurboQuant(sign_seed=3)
 
 

@@ -30,7 +30,7 @@ def few_programs(monkeypatch):
     planned = []
 
     def plan_work(bounds, *args):
-        planned.append(bounds.run.stop.shape)
+        planned.append(bounds.q_start.shape)
         return work_list.plan_work(bounds, *args)
 
     def few(choose):

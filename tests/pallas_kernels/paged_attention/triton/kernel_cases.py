@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 
-from jaxkv.codecs import get_codec
+from pallas_kernels.codecs.presets import get_codec
 from pallas_kernels.paged_attention.triton.tiles import DecodeConfig
 from tests.pallas_kernels.paged_attention import paged_cases
 

@@ -8,10 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxkv.codecs import get_codec
 from pallas_kernels.codecs.affine import Int8, MinMax
 from pallas_kernels.codecs.codec import KVCodec
+from pallas_kernels.codecs.presets import get_codec
 from pallas_kernels.codecs.turboquant import TurboQuant
+from pallas_kernels.rule import Rule
+from tests.helpers import AS_USERS
 from tests.pallas_kernels.paged_attention.paged_cases import (
     KERNEL_STATIC,
     LAYERS,
@@ -44,7 +46,9 @@ CODECS = {
 @pytest.mark.parametrize("codec", CODECS.values(), ids=CODECS)
 def test_codecs_equal_dense(codec, interpret):
     case = make_case(codec, lengths=(1, 33, 130), q_lens=(1, 1, 0))
-    options = dict(window=70, soft_cap=3.0) if codec.name in ("tq4", "k8v4", "tq2") else {}
+    options = (
+        dict(rule=Rule(window=70), soft_cap=3.0) if codec.name in ("tq4", "k8v4", "tq2") else {}
+    )
     got = case.attend_kernel(interpret=interpret, **options)
     assert_close(got, case.dense(**options), codec)
 
@@ -65,6 +69,7 @@ SHAPES = [
 ]
 
 
+@pytest.mark.both_pythons
 @pytest.mark.parametrize("codec, shape", SHAPES, ids=str)
 def test_shapes(codec, shape, interpret):
     case = make_case(codec, lengths=(1, 70, 129), **shape)
@@ -77,7 +82,7 @@ def test_one_mean_serves_all_pages(interpret):
     shape = case.pages.key_mean.shape
     rng = np.random.default_rng(1)
     one = jnp.asarray(rng.standard_normal((LAYERS, 1, *shape[2:])), jnp.float16)
-    attend = jax.jit(call_kernel, static_argnames=KERNEL_STATIC)
+    attend = jax.jit(call_kernel, static_argnames=KERNEL_STATIC, compiler_options=AS_USERS)
 
     def attend_with(means):
         pages = dataclasses.replace(case.pages, key_mean=means)

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels.rule import PageLag
+from pallas_kernels.rule import PageLag, Rule
 from pallas_kernels.segment import Part, add_learned_sink
 from tests.pallas_kernels.paged_attention.triton.kernel_cases import (
     EDGES,
@@ -14,18 +14,17 @@ from tests.pallas_kernels.paged_attention.triton.kernel_cases import (
 )
 
 CONFIGS = {"flat": SMALL, "edges": EDGES, "transposed": TRANSPOSED}
-# One batch, and so one compiled program, holds whole sequences, segments that begin within a page,
-# and rings that have wrapped.
+# One program for each: whole sequences, segments that begin within a page, rings that wrapped.
 LENGTHS = dict(lengths=(1, 33, 64, 150, 61, 200, 90), kv_start=(0, 0, 0, 0, 21, 121, 70), width=11)
 SEGMENTS = {"decode": LENGTHS, "verify": LENGTHS | dict(q_lens=(1, 3, 0, 4, 1, 3, 0))}
 MASKS = [
     dict(),
-    dict(window=20),
-    dict(window=40, sink_tokens=5),
-    dict(lag=PageLag(16, least=1)),
-    dict(lag=PageLag(16, most=2), soft_cap=1.5),
+    dict(rule=Rule(window=20)),
+    dict(rule=Rule(window=40, sink_tokens=5)),
+    dict(rule=Rule(lag=PageLag(16, least=1))),
+    dict(rule=Rule(lag=PageLag(16, most=2)), soft_cap=1.5),
 ]
-# Each rule with each number of query tokens; the tile sizes take turns.
+# Each rule with each number of query tokens; the orientations and loops take turns.
 CASES = [
     (segments, options, list(CONFIGS)[(i + j) % len(CONFIGS)])
     for i, segments in enumerate(SEGMENTS)
@@ -33,6 +32,7 @@ CASES = [
 ]
 
 
+@pytest.mark.both_pythons
 @pytest.mark.parametrize("segments, options, config", CASES, ids=str)
 def test_exact_pages_equal_dense(segments, options, config, interpret):
     case = make_case(**SEGMENTS[segments])
@@ -42,7 +42,7 @@ def test_exact_pages_equal_dense(segments, options, config, interpret):
 
 @pytest.mark.slow
 def test_many_rows(interpret):
-    """A group of 7 with several query tokens: more rows than one warp takes."""
+    """More rows than one warp takes: a group of 7 and 4 drafts."""
     for store in ("bfloat16", "4bit_nc"):
         case = make_case(store, lengths=(4, 70), q_lens=(4, 3), group=7, kv_heads=1)
         assert_close(case.attend_kernel(interpret=interpret), case.dense(), store)
@@ -69,14 +69,13 @@ def test_shapes(shape, interpret):
     assert_close(case.attend_kernel(interpret=interpret, config=EDGES), case.dense())
 
 
-# Learned sinks are merged after the kernel; the output must keep its type.
 @pytest.mark.parametrize("tokens, dtype", [(1, "bfloat16"), (9, "float32")], ids=["few", "chunk"])
 def test_learned_sinks_and_the_type_of_the_output(tokens, dtype, interpret):
     case = make_case(lengths=(20, 49), q_lens=(tokens, 1))
     out, lse = case.attend(backend="gpu", interpret=interpret, out_dtype=jnp.dtype(dtype))
     assert out.dtype == dtype
     assert_close((out.astype(jnp.float32), lse), case.dense())
-    sinks = jnp.arange(case.q.shape[2], dtype=jnp.float32) / 3 - 1
+    sinks = jnp.arange(out.shape[2], dtype=jnp.float32) / 3 - 1
     part = add_learned_sink(Part(out, lse), sinks)
     assert part.out.dtype == jnp.float32
     assert_close(part, case.dense(sink_logits=sinks))

@@ -10,8 +10,8 @@ from pallas_kernels.codecs.affine import Float8, Int8, MinMax
 from pallas_kernels.codecs.codebooks import get_codebook
 from pallas_kernels.codecs.turboquant import TurboQuant
 from pallas_kernels.layouts.packing import pack_planes
-from pallas_kernels.paged_attention.triton import levels as kernel_levels
 from pallas_kernels.paged_attention.triton import readers
+from pallas_kernels.paged_attention.triton.levels import make_levels
 from tests.pallas_kernels.paged_attention.triton.ptx_emulator import run_asm
 
 
@@ -29,7 +29,7 @@ from tests.pallas_kernels.paged_attention.triton.ptx_emulator import run_asm
 )
 def test_polynomials_pass_through_the_levels(bits, name):
     codec = TurboQuant(bits=bits, codebook=name)
-    levels = kernel_levels.make_levels(codec)
+    levels = make_levels(codec)
     t = (np.arange(2**bits) - levels.centre) * levels.step
     value = levels.gain * sum(c * t ** (2 * i + 1) for i, c in enumerate(levels.coefficients))
     np.testing.assert_allclose(value, get_codebook(name, bits).levels, atol=3e-4)
@@ -85,11 +85,11 @@ def test_ptx_unpacks_what_was_packed(codec, head_dim, word_bits, dims_first, mon
     reader = readers.coded_reader("k", codec, head_dim, dict(zip(names, packed, strict=True)))
     orders = {}
 
-    def asm(text, args, *rest, **options):
+    def inline(text, args, *rest, **options):
         order = orders.setdefault(args[0].size, rng.permutation(args[0].size))
         return run_asm(order, text, args, *rest, **options)
 
-    monkeypatch.setattr(readers, "inline", asm)
+    monkeypatch.setattr(readers, "inline", inline)
     if codec.codes_dtype == jnp.int8:
         want = codes - 128.0
     else:

@@ -5,33 +5,40 @@ import dataclasses
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels.rule import PageLag
+from pallas_kernels.rule import PageLag, Rule
 from tests.pallas_kernels.paged_attention.triton.kernel_cases import assert_close, make_case
 
 CASES = {
-    "window": ("bfloat16", (1, 1, 1, 1, 1), dict(window=40, sink_tokens=5)),
-    "recent pages, drafts": ("bfloat16", (3, 2, 4, 1, 4), dict(lag=PageLag(16, most=1))),
-    "codes, drafts": ("fp8_e4m3", (2, 1, 4, 1, 3), dict(window=27, sink_tokens=20)),
-    "a chunk": ("bfloat16", (4, 31, 30, 2, 60), dict(window=27, sink_tokens=20)),
+    "window": ("bfloat16", (1, 1, 1, 1, 1), dict(rule=Rule(window=40, sink_tokens=5))),
+    "recent pages, drafts": ("bfloat16", (3, 2, 4, 1, 4), dict(rule=Rule(lag=PageLag(16, most=1)))),
+    "codes, drafts": ("fp8_e4m3", (2, 1, 4, 1, 3), dict(rule=Rule(window=27, sink_tokens=20))),
+    "a chunk": ("bfloat16", (4, 31, 30, 2, 60), dict(rule=Rule(window=27, sink_tokens=20))),
 }
 # The rules and readers of the cases added here are covered above too, so these run only in the
 # harder test, whose shares cross sequences.
 SHARED = CASES | {
-    "window, drafts": ("bfloat16", (3, 2, 4, 0, 4), dict(window=27, sink_tokens=20)),
-    "recent pages": ("bfloat16", (1, 1, 1, 1, 1), dict(lag=PageLag(16, most=2))),
-    "means": ("tq4", (1, 1, 1, 1, 1), dict(window=70, sink_tokens=32)),
-    "a chunk, recent pages": ("bfloat16", (4, 31, 30, 0, 60), dict(lag=PageLag(16, most=2))),
+    "window, drafts": ("bfloat16", (3, 2, 4, 0, 4), dict(rule=Rule(window=27, sink_tokens=20))),
+    "recent pages": ("bfloat16", (1, 1, 1, 1, 1), dict(rule=Rule(lag=PageLag(16, most=2)))),
+    "means": ("tq4", (1, 1, 1, 1, 1), dict(rule=Rule(window=70, sink_tokens=32))),
+    "a chunk, recent pages": (
+        "bfloat16",
+        (4, 31, 30, 0, 60),
+        dict(rule=Rule(lag=PageLag(16, most=2))),
+    ),
 }
 
 
 def check_case(store, q_lens, options, interpret):
     """Attends sequences that end within the sink pages, at their end, just behind, and far off."""
     case = make_case(store, lengths=(4, 31, 36, 49, 250), q_lens=q_lens)
-    start = jnp.full(5, 2 * case.page_size, jnp.int32)
-    options = options | dict(sink_table=case.table[:, :2])
-    case = dataclasses.replace(
-        case, table=case.table.at[:, :2].set(10**6), where=case.where | dict(kv_start=start)
+    table = case.segment.table
+    segment = dataclasses.replace(
+        case.segment,
+        table=table.at[:, :2].set(10**6),
+        start=jnp.full(5, 2 * 16, jnp.int32),
+        sinks=table[:, :2],
     )
+    case = dataclasses.replace(case, segment=segment)
     got = case.attend(backend="gpu", interpret=interpret, **options)
     assert_close(got, case.attend(backend="reference", **options), store)
 

@@ -9,10 +9,7 @@ from pallas_kernels.paged_attention.triton import work_list
 from pallas_kernels.paged_attention.triton.span import SpanPages
 from tests.pallas_kernels.paged_attention.paged_cases import on_the_device
 
-
-@pytest.fixture(params=["interpret", pytest.param("compiled", marks=pytest.mark.gpu)])
-def interpret(request):
-    return request.param == "interpret"
+pytestmark = pytest.mark.both_pythons
 
 
 def random_lengths_in_pages(rng, most):
