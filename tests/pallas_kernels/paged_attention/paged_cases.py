@@ -1,4 +1,4 @@
-"""Cases of paged attention with the keys and values they stand for, and all calls of the op."""
+"""Cases of paged attention beside the same keys and values unpaged, and ways to call the op."""
 
 import contextlib
 import dataclasses
@@ -39,7 +39,7 @@ def call_op(
         return paged_attention(queries, pages, segment, rule, layer=layer, scale=scale, **options)
 
 
-# One program for all cases that are alike in shapes and options, whatever their lengths.
+# Cases of equal shapes and options share a compiled program, whatever their lengths.
 attend_op = jax.jit(
     call_op,
     static_argnames=("rule", "interpret", "layer", "scale", "soft_cap", "out_dtype", "backend"),
@@ -68,32 +68,32 @@ oracle = jax.jit(dense_attention, static_argnames=("scale", "rule", "soft_cap"))
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
-    """Arguments of the op; beside them the same keys and values in a row."""
+    """Arguments of the op, and the same keys and values without pages."""
 
     queries: Queries
     pages: Pages
     segment: Segment
-    k: jax.Array  # [batch, tokens, kv_heads, head_dim], the values that the pages stand for
-    v: jax.Array
+    k: jax.Array  # [batch, tokens, kv_heads, head_dim], as the pages hold them, dequantized
+    v: jax.Array  # like k
 
     @property
     def arguments(self):
         return self.queries, self.pages, self.segment
 
     def attend(self, rule=CAUSAL, *, backend=None, **options) -> Part:
-        """By the op."""
+        """Result of the op."""
         with on_the_device() if backend == "gpu" else contextlib.nullcontext():
             return attend_op(*self.arguments, rule, backend=backend, **options)
 
     def attend_kernel(self, rule=CAUSAL, *, interpret, config=None, **options) -> Part:
-        """By the GPU kernel; None lets it choose its tile sizes."""
+        """Result of the GPU kernel; `config=None` lets it choose its tile sizes."""
         with on_the_device():
             return attend_kernel(
                 *self.arguments, rule, interpret=interpret, config=config, **options
             )
 
     def dense(self, rule=CAUSAL, **options):
-        """By the formula."""
+        """Result of the dense formula."""
         first, stop = (np.asarray(x)[:, None] for x in (self.segment.start, self.segment.stop))
         j = np.arange(self.k.shape[1], dtype=np.int32)[None]
         k_position = np.where((j >= first) & (j < stop), j, -1)
@@ -131,7 +131,7 @@ def make_case(
     poison=np.nan,
     seed=0,
 ):
-    """A case whose pages are shuffled, with `poison` wherever no token of a segment stands.
+    """A case whose pages are shuffled, with `poison` wherever there is no token of a segment.
 
     Args:
       store: a float dtype, or a `KVCodec`, whose pages are laid out as `TokenMajor`.
@@ -204,7 +204,7 @@ def make_case(
 
 
 def _layout(store, head_dim, page_size, word_bits):
-    """Values of a float type lie as they are; those of a codec as the GPU kernel reads them."""
+    """Layout of exact pages for a float type; for a codec, the layout that the GPU kernel reads."""
     if isinstance(store, KVCodec):
         return TokenMajor(codec=store, head_dim=head_dim, page_size=page_size, word_bits=word_bits)
     codec = KVCodec(name="exact", key=Exact(store), value=Exact(store))
@@ -213,7 +213,7 @@ def _layout(store, head_dim, page_size, word_bits):
 
 @functools.partial(jax.jit, static_argnames="layout")
 def _store(layout, k, v):
-    """Keys and values as they are read, what is stored of them, and the pages' key means."""
+    """Returns keys and values dequantized, the arrays that are stored, and key means per page."""
     codec, mean, k_mean = layout.codec, None, None
     if codec.key_mean == "page":
         paged = k.reshape(*k.shape[:2], -1, layout.page_size, layout.head_dim)

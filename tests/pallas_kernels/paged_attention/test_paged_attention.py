@@ -19,7 +19,7 @@ PAGE, KV_HEADS, GROUP = 8, 2, 3
 LENGTHS = (1, PAGE - 1, PAGE, PAGE + 1, 45)
 
 
-# The GPU kernel has a folder of its own: it serves other shapes.
+# The GPU kernel's tests are in `triton/`, because it serves other shapes.
 @pytest.fixture(params=("xla", "reference"))
 def backend(request):
     return request.param
@@ -62,7 +62,7 @@ def test_two_keys_by_hand(backend):
 @pytest.mark.parametrize("window, sink_tokens", [(None, 0), (1, 0), (5, 0), (19, 0), (6, 3)])
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 def test_paged_equals_dense(make, window, sink_tokens, backend):
-    """Everything else is NaN: other layers and pages, the null page, what is outside a segment."""
+    """All that must not be read is NaN: other layers and pages, tokens outside the segment."""
     case, rule = make(), Rule(window=window, sink_tokens=sink_tokens)
     assert_close(case.attend(rule, backend=backend), case.dense(rule))
 

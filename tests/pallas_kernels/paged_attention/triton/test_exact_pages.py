@@ -14,7 +14,8 @@ from tests.pallas_kernels.paged_attention.triton.kernel_cases import (
 )
 
 CONFIGS = {"flat": SMALL, "edges": EDGES, "transposed": TRANSPOSED}
-# One program for each: whole sequences, segments that begin within a page, rings that wrapped.
+# One batch, and so one compiled program, holds whole sequences, segments that begin within a page,
+# and rings that have wrapped.
 LENGTHS = dict(lengths=(1, 33, 64, 150, 61, 200, 90), kv_start=(0, 0, 0, 0, 21, 121, 70), width=11)
 SEGMENTS = {"decode": LENGTHS, "verify": LENGTHS | dict(q_lens=(1, 3, 0, 4, 1, 3, 0))}
 MASKS = [
@@ -24,7 +25,7 @@ MASKS = [
     dict(rule=Rule(lag=PageLag(16, least=1))),
     dict(rule=Rule(lag=PageLag(16, most=2)), soft_cap=1.5),
 ]
-# Each rule with each number of query tokens; the orientations and loops take turns.
+# Each rule with each number of query tokens; the tile sizes take turns.
 CASES = [
     (segments, options, list(CONFIGS)[(i + j) % len(CONFIGS)])
     for i, segments in enumerate(SEGMENTS)
@@ -42,7 +43,7 @@ def test_exact_pages_equal_dense(segments, options, config, interpret):
 
 @pytest.mark.slow
 def test_many_rows(interpret):
-    """More rows than one warp takes: a group of 7 and 4 drafts."""
+    """A group of 7 with several query tokens: more rows than one warp takes."""
     for store in ("bfloat16", "4bit_nc"):
         case = make_case(store, lengths=(4, 70), q_lens=(4, 3), group=7, kv_heads=1)
         assert_close(case.attend_kernel(interpret=interpret), case.dense(), store)
@@ -69,6 +70,7 @@ def test_shapes(shape, interpret):
     assert_close(case.attend_kernel(interpret=interpret, config=EDGES), case.dense())
 
 
+# Learned sinks are merged after the kernel; the output must keep its type.
 @pytest.mark.parametrize("tokens, dtype", [(1, "bfloat16"), (9, "float32")], ids=["few", "chunk"])
 def test_learned_sinks_and_the_type_of_the_output(tokens, dtype, interpret):
     case = make_case(lengths=(20, 49), q_lens=(tokens, 1))
