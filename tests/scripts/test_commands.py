@@ -49,17 +49,6 @@ def test_every_option_is_explained(name):
             assert isinstance(after, ast.Expr) and len(after.value.value) > 5, field.target.id
 
 
-@pytest.mark.parametrize("name", COMMANDS)
-def test_no_command_imports_another(name):
-    imported = set()
-    for node in ast.walk(ast.parse(COMMANDS[name].read_text())):
-        if isinstance(node, ast.ImportFrom):
-            imported |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-        elif isinstance(node, ast.Import):
-            imported |= {alias.name for alias in node.names}
-    assert not imported & COMMANDS.keys()
-
-
 def test_the_readme_lists_all():
     listed = re.findall(r"^- `(scripts/\S+\.py)", (ROOT / "README.md").read_text(), re.MULTILINE)
     assert sorted(listed) == sorted(str(path.relative_to(ROOT)) for path in COMMANDS.values())
