@@ -94,8 +94,8 @@ def _kernel(x_ref, matrix_ref, out_ref, *, rows: int, columns: int, scale: float
     start = pl.program_id(1) * columns
     x = x_ref[jnp.minimum(row, n - 1), pl.ds(0, head_dim)]
     y = times_signs(x, matrix_ref[:, pl.ds(start, columns)]) * scale
-    if limit is not None:
-        y = jnp.clip(y, -limit, limit)
+    if limit is not None:  # NaN stays NaN: the GPU's min and max would return the limit
+        y = jnp.where(y == y, jnp.clip(y, -limit, limit), y)
     column = start + jnp.arange(columns, dtype=jnp.int32)
     real = jnp.broadcast_to((row < n)[:, None], y.shape)
     # Rows past the end must be out of bounds: the interpreter writes to masked places, too.
