@@ -126,12 +126,12 @@ def make_case(
     head_dim,
     word_bits=16,
     width=None,
-    q_dtype="float32",
     unread=None,
     poison=np.nan,
-    seed=0,
 ):
     """A case whose pages are shuffled, with `poison` wherever there is no token of a segment.
+
+    Queries are float32; their padding rows are NaN.
 
     Args:
       store: a float dtype, or a `KVCodec`, whose pages are laid out as `TokenMajor`.
@@ -144,13 +144,11 @@ def make_case(
       head_dim: of keys, values and queries.
       word_bits: of the words that hold codes.
       width: slots of the page table, a ring; None for one more than the longest segment needs.
-      q_dtype: of the queries; padding rows are NaN.
       unread: entry of the table where a segment has no page; None for the null page in every
         other row and a page of poison in the rest.
       poison: in floats; integers get their largest value, or 0 if this is 0.
-      seed: of all random numbers.
     """
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     batch, tokens = len(lengths), -(-max(lengths) // page_size) * page_size
     q_lens = (1,) * batch if q_lens is None else q_lens
     kv_start = (0,) * batch if kv_start is None else kv_start
@@ -161,34 +159,23 @@ def make_case(
     if layout.codec.key_mean == "page":
         k = k + normal(1, kv_heads, 1, head_dim)
     k, v, arrays, mean = jax.tree.map(np.asarray, _store(layout, k, v))
-    axes = layout.token_axes
-    pages = 2 + batch * width
-    free = list(rng.permutation(np.arange(1, pages - 1)))
-    table = np.full((batch, width), pages - 1 if unread is None else unread, np.int32)
-    if unread is None:
-        table[::2] = 0
-    pools = {}
-    for name, x in arrays.items():
-        shape = list(x.shape[1:])
-        shape[axes[name]] = page_size
-        pools[name] = np.full((LAYERS, pages, *shape), _poison(x.dtype, poison), x.dtype)
-    means = np.full((LAYERS, pages, kv_heads, head_dim), np.nan, np.float16)
-    for b, (start, stop) in enumerate(zip(kv_start, lengths, strict=True)):
-        for g in range(start // page_size, -(-stop // page_size)):
-            page = table[b, g % width] = free.pop()
-            if mean is not None:
-                means[LAYER, page] = mean[b, :, g]
-            low, high = max(start, g * page_size), min(stop, (g + 1) * page_size)
-            for name, x in arrays.items():
-                source = np.moveaxis(x[b], axes[name], 0)
-                target = np.moveaxis(pools[name][LAYER, page], axes[name], 0)
-                target[low % page_size : low % page_size + high - low] = source[low:high]
+    table, pools, means = _fill_pages(
+        layout,
+        arrays,
+        mean,
+        lengths,
+        kv_start,
+        width=width,
+        unread=unread,
+        poison=poison,
+        rng=rng,
+    )
     q = normal(batch, max(1, *q_lens), kv_heads * group, head_dim)
     padding = np.arange(q.shape[1])[None, :, None, None] >= np.reshape(q_lens, (-1, 1, 1, 1))
     i32 = lambda x: jnp.asarray(x, jnp.int32)
     return Case(
         queries=Queries(
-            jnp.asarray(np.where(padding, np.float32(np.nan), q), q_dtype),
+            jnp.asarray(np.where(padding, np.float32(np.nan), q)),
             i32(np.subtract(lengths, q_lens)),
             i32(q_lens),
         ),
@@ -201,6 +188,34 @@ def make_case(
         k=jnp.asarray(np.swapaxes(k, 1, 2)),
         v=jnp.asarray(np.swapaxes(v, 1, 2)),
     )
+
+
+def _fill_pages(layout, arrays, mean, lengths, kv_start, *, width, unread, poison, rng):
+    """Cuts sequences' arrays into shuffled pages; returns the table, the pools and the means."""
+    page_size, axes, batch = layout.page_size, layout.token_axes, len(lengths)
+    kv_heads = layout.kv_heads(arrays)
+    pages = 2 + batch * width
+    free = list(rng.permutation(np.arange(1, pages - 1)))
+    table = np.full((batch, width), pages - 1 if unread is None else unread, np.int32)
+    if unread is None:
+        table[::2] = 0
+    pools = {}
+    for name, x in arrays.items():
+        shape = list(x.shape[1:])
+        shape[axes[name]] = page_size
+        pools[name] = np.full((LAYERS, pages, *shape), _poison(x.dtype, poison), x.dtype)
+    means = np.full((LAYERS, pages, kv_heads, layout.head_dim), np.nan, np.float16)
+    for b, (start, stop) in enumerate(zip(kv_start, lengths, strict=True)):
+        for g in range(start // page_size, -(-stop // page_size)):
+            page = table[b, g % width] = free.pop()
+            if mean is not None:
+                means[LAYER, page] = mean[b, :, g]
+            low, high = max(start, g * page_size), min(stop, (g + 1) * page_size)
+            for name, x in arrays.items():
+                source = np.moveaxis(x[b], axes[name], 0)
+                target = np.moveaxis(pools[name][LAYER, page], axes[name], 0)
+                target[low % page_size : low % page_size + high - low] = source[low:high]
+    return table, pools, means
 
 
 def _layout(store, head_dim, page_size, word_bits):

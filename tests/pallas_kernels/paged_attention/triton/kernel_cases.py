@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.codecs.presets import get_codec
@@ -20,19 +21,20 @@ TRANSPOSED = dataclasses.replace(EDGES, transposed=True)
 def make_case(
     store="bfloat16", *, lengths=(1, 33, 64, 150), page_size=16, head_dim=64, **options
 ) -> paged_cases.Case:
-    """Like `paged_cases.make_case`; `store` may also be the name of a codec.
+    """Like `paged_cases.make_case` with bfloat16 queries; `store` may also name a codec.
 
     Table entries of pages outside the segment are beyond the pool: they must never be looked up.
     """
-    return paged_cases.make_case(
+    case = paged_cases.make_case(
         get_codec(store) if isinstance(store, str) and store not in FLOATS else store,
         lengths=lengths,
         page_size=page_size,
         head_dim=head_dim,
-        q_dtype="bfloat16",
         unread=10**6,
         **options,
     )
+    queries = dataclasses.replace(case.queries, q=case.queries.q.astype(jnp.bfloat16))
+    return dataclasses.replace(case, queries=queries)
 
 
 def assert_close(got, expected, store="bfloat16"):
