@@ -100,7 +100,7 @@ def check_context(args: Args, model: models.DecoderConfig) -> None:
         )
 
 
-def cache_config(
+def evaluated_config(
     model: models.DecoderConfig, codec: str | KVCodec, dtype: str, args: Args
 ) -> jaxkv.CacheConfig:
     """The cache that holds the text under `codec`; the exact one has the same window and sinks."""
@@ -128,9 +128,9 @@ def main(args: Args) -> int:
     check_context(args, architecture)
     dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     configs = {
-        name: cache_config(architecture, codec, dtype, args) for name, codec in codecs.items()
+        name: evaluated_config(architecture, codec, dtype, args) for name, codec in codecs.items()
     }
-    exact = cache_config(architecture, "exact", dtype, args)
+    exact = evaluated_config(architecture, "exact", dtype, args)
     tokens = first_tokens(text, checkpoint.load_tokenizer(), args.tokens)
     if plot is None and args.plot == PLOT:
         say("no plot: it needs matplotlib (pip install matplotlib)")

@@ -9,7 +9,7 @@ import numpy as np
 from pallas_kernels.backends import Backend
 from pallas_kernels.paged_attention import paged_attention
 from pallas_kernels.paged_attention.triton import call
-from pallas_kernels.paged_attention.triton.tiles import DecodeConfig
+from pallas_kernels.paged_attention.triton.tile_sizes import DecodeConfig
 from pallas_kernels.rule import Rule
 from pallas_kernels.segment import Part, Queries, Segment, add_learned_sink
 from scripts.bench.fill import Data, make_data

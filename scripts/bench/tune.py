@@ -18,7 +18,7 @@ from rich.console import Console
 
 from jaxkv.codecs import get_codec
 from models.errors import one_line
-from pallas_kernels.paged_attention.triton.tiles import DecodeConfig
+from pallas_kernels.paged_attention.triton.tile_sizes import DecodeConfig
 from scripts.bench.attend import (
     MAX_ERROR,
     attend_tiled,

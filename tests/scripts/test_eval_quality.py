@@ -29,7 +29,7 @@ def test_sinks_beside_a_window_belong_to_the_exact_cache_too(folder):
     for codec in ("exact", "3bit_nc"):
         for window, sinks in ((None, 0), (16, 4)):
             args = make_args(window=window, sink_tokens=4)
-            layers = eval_quality.cache_config(architecture, codec, "float32", args).layers
+            layers = eval_quality.evaluated_config(architecture, codec, "float32", args).layers
             assert [spec.sink_tokens for spec in layers] == [sinks] * 3
 
 

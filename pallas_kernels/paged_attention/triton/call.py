@@ -26,7 +26,7 @@ from pallas_kernels.paged_attention.triton.readers import (
 )
 from pallas_kernels.paged_attention.triton.softmax import padded_rows
 from pallas_kernels.paged_attention.triton.span import Bounds
-from pallas_kernels.paged_attention.triton.tiles import DecodeConfig, choose_config
+from pallas_kernels.paged_attention.triton.tile_sizes import DecodeConfig, choose_config
 from pallas_kernels.paged_attention.triton.work_list import WorkList, choose_shares, plan_work
 from pallas_kernels.pages import Pages
 from pallas_kernels.rule import Rule
@@ -53,7 +53,7 @@ def paged_attention(
 ) -> Part:
     """See `api.paged_attention`; serves up to `MOST_ROWS` query rows per kv head.
 
-    `config` replaces the tile sizes that `tiles` would choose.
+    `config` replaces the tile sizes that `tile_sizes` would choose.
 
     Raises:
       NotImplementedError: a shape or codec that this kernel does not serve.

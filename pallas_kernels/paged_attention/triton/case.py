@@ -1,4 +1,4 @@
-"""Static facts of a call that all its kernels share; tile sizes are in `tiles`."""
+"""Static facts of a call that all its kernels share; tile sizes are in `tile_sizes`."""
 
 import dataclasses
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.paged_attention.triton import call
-from pallas_kernels.paged_attention.triton.tiles import chunk_config
+from pallas_kernels.paged_attention.triton.tile_sizes import chunk_config
 from pallas_kernels.pages import Pages
 from pallas_kernels.rule import Rule
 from pallas_kernels.segment import Part, Queries, Segment

@@ -17,7 +17,7 @@ from pallas_kernels.paged_attention.triton.softmax import (
     columns,
     item_attention,
 )
-from pallas_kernels.paged_attention.triton.tiles import DecodeConfig
+from pallas_kernels.paged_attention.triton.tile_sizes import DecodeConfig
 from pallas_kernels.segment import NOTHING_SEEN
 
 

@@ -24,7 +24,7 @@ from pallas_kernels.paged_attention.triton.levels import factor_value
 from pallas_kernels.paged_attention.triton.means import load_bias
 from pallas_kernels.paged_attention.triton.operands import Inputs
 from pallas_kernels.paged_attention.triton.readers import Reader
-from pallas_kernels.paged_attention.triton.tiles import DecodeConfig
+from pallas_kernels.paged_attention.triton.tile_sizes import DecodeConfig
 from pallas_kernels.segment import NOTHING_SEEN, Span
 
 # Probabilities in float16 are scaled to at most 2^4, so that small ones keep more bits. A product

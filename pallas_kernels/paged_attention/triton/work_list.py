@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.paged_attention.triton.span import SpanPages
-from pallas_kernels.paged_attention.triton.tiles import DecodeConfig
+from pallas_kernels.paged_attention.triton.tile_sizes import DecodeConfig
 from pallas_kernels.shapes import Operand
 
 TRIES = 9  # sizes of whole parts that are tried, from the even share to a sixteenth more

@@ -67,6 +67,15 @@ def test_paged_equals_dense(make, window, sink_tokens, backend):
     assert_close(case.attend(rule, backend=backend), case.dense(rule))
 
 
+@pytest.mark.parametrize("window", [None, 20])
+def test_entries_that_stand_for_several_tokens(window, backend):
+    """Keys are entries of three tokens, complete with the last of them; queries are tokens."""
+    case, rule = CHUNK(), Rule(window=window, stride=3)
+    queries = dataclasses.replace(case.queries, start=3 * case.queries.start + 1)
+    case = dataclasses.replace(case, queries=queries)
+    assert_close(case.attend(rule, backend=backend), case.dense(rule))
+
+
 def test_soft_cap_and_learned_sinks(backend):
     rule, sinks = Rule(window=9), jnp.linspace(-2, 3, KV_HEADS * GROUP)
     for make in MAKERS.values():

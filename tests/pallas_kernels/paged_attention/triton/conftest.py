@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import pytest
 
-from pallas_kernels.paged_attention.triton import backend, call, chunks, tiles, work_list
+from pallas_kernels.paged_attention.triton import backend, call, chunks, tile_sizes, work_list
 from tests.pallas_kernels.paged_attention import paged_cases
 
 
@@ -38,8 +38,8 @@ def few_programs(monkeypatch):
         return lambda *args: dataclasses.replace(choose(*args), **sizes)
 
     monkeypatch.setattr(call, "plan_work", plan_work)
-    monkeypatch.setattr(call, "choose_config", few(tiles.choose_config))
-    monkeypatch.setattr(chunks, "chunk_config", few(tiles.chunk_config))
+    monkeypatch.setattr(call, "choose_config", few(tile_sizes.choose_config))
+    monkeypatch.setattr(chunks, "chunk_config", few(tile_sizes.chunk_config))
     traced = (backend._attend_few, backend._attend_chunk, paged_cases.attend_op)
     for function in traced:
         function.clear_cache()

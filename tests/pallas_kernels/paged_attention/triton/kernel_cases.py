@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.codecs.presets import get_codec
-from pallas_kernels.paged_attention.triton.tiles import DecodeConfig
+from pallas_kernels.paged_attention.triton.tile_sizes import DecodeConfig
 from tests.pallas_kernels.paged_attention import paged_cases
 
 FLOATS = ("float32", "float16", "bfloat16")

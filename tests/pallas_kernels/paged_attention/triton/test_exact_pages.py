@@ -1,5 +1,7 @@
 """The GPU kernel on exact pages equals the dense formula, for a few query tokens."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import pytest
 
@@ -81,3 +83,12 @@ def test_learned_sinks_and_the_type_of_the_output(tokens, dtype, interpret):
     part = add_learned_sink(Part(out, lse), sinks)
     assert part.out.dtype == jnp.float32
     assert_close(part, case.dense(sink_logits=sinks))
+
+
+def test_entries_that_stand_for_several_tokens(interpret):
+    """Keys are entries of three tokens, complete with the last of them; queries are tokens."""
+    case, rule = make_case(lengths=(20, 49), q_lens=(3, 2)), Rule(window=70, stride=3)
+    queries = dataclasses.replace(case.queries, start=3 * case.queries.start + 1)
+    case = dataclasses.replace(case, queries=queries)
+    got = case.attend_kernel(rule, interpret=interpret, config=EDGES)
+    assert_close(got, case.dense(rule))
