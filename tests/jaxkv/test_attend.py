@@ -8,8 +8,6 @@ import pytest
 from jaxkv import CacheConfig, KVCache, LayerSpec
 from tests.helpers import TOLERANCE, Twin
 
-pytestmark = pytest.mark.both_pythons
-
 PAGE = 8
 # Each step's new tokens: prefill in uneven chunks, decode, verify; lengths 1, page +- 1.
 STEPS = [

@@ -16,8 +16,6 @@ from pallas_kernels.dense_attention import dense_attention
 from pallas_kernels.rule import Rule
 from tests.helpers import AS_USERS, TOLERANCE
 
-pytestmark = pytest.mark.both_pythons
-
 BATCH, Q_HEADS, KV_HEADS, HEAD_DIM, PAGE, CHUNK = 2, 6, 3, 64, 64, 48
 FULL = LayerSpec(kv_heads=KV_HEADS, head_dim=HEAD_DIM, dtype="float32")
 WITH_SINKS = LayerSpec(
@@ -103,6 +101,7 @@ def assert_in_place(cache, compiled):
         assert not copies
 
 
+@pytest.mark.both_pythons
 @pytest.mark.parametrize("tokens", [1, CHUNK])
 @pytest.mark.parametrize("layers", [unrolled, scanned])
 @pytest.mark.parametrize("steps", [once, repeated])

@@ -19,8 +19,6 @@ from tests.helpers import AS_USERS
 from tests.jaxkv.test_cache_memory import assert_in_place
 from tests.models.numpy_mixed import FULL, SLIDING, gemma_config, gpt_oss_config
 
-pytestmark = pytest.mark.both_pythons
-
 ORACLES = Path(__file__).parents[1] / "oracles"
 NEW = 9
 PROMPTS = [[3, 17, 99, 40, 5, 8, 201, 7] * 4 + [11], [250, 4, 4], list(range(60, 84))]

@@ -14,8 +14,6 @@ from pallas_kernels.backends import interpret_kernels
 from pallas_kernels.pages import Pages
 from pallas_kernels.quantize_pages import choose, quantize_pages, triton
 
-pytestmark = pytest.mark.both_pythons
-
 LAYERS, KV_HEADS, PAGE = 3, 2, 16
 SOURCE, TARGET = jnp.array([1, 2, 3], jnp.int32), jnp.array([4, 2, 5], jnp.int32)
 WANTED = jnp.array([True, False, True])
@@ -82,6 +80,7 @@ def test_pages_of_the_kernel_are_those_of_xla(name, head_dim, layer, kernels):
     assert_quantizes_as_xla(*pages, layer=layer, source=SOURCE, target=TARGET, wanted=WANTED)
 
 
+@pytest.mark.both_pythons
 @pytest.mark.parametrize("name, n", [("int8", 1), ("int8", 8), ("int8", 11), ("tq4", 11)])
 def test_programs_take_several_pages_of_the_list(name, n, kernels, monkeypatch):
     monkeypatch.setattr(triton, "PROGRAMS", 8 * LAYERS * KV_HEADS)

@@ -10,8 +10,6 @@ from pallas_kernels.codecs.codec import dequantize_original, page_mean
 from pallas_kernels.codecs.rotation import channel_signs, rotation_matrix
 from pallas_kernels.codecs.turboquant import PRE_SCALES, TurboQuant
 
-pytestmark = pytest.mark.both_pythons
-
 HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256, 512)
 
 

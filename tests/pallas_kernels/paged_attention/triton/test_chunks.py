@@ -35,7 +35,6 @@ def check_case(store, shape, options, interpret):
     assert_close(got, case.dense(**options), store)
 
 
-@pytest.mark.both_pythons
 @pytest.mark.parametrize("case", WHOLE.values(), ids=WHOLE)
 def test_a_program_takes_a_block(case, interpret):
     check_case(*case, interpret)

@@ -53,6 +53,7 @@ def test_codecs_equal_dense(codec, interpret):
     assert_close(got, case.dense(**options), codec)
 
 
+@pytest.mark.both_pythons
 @pytest.mark.parametrize("lookups", ["k", ""])
 def test_levels_are_looked_up_or_computed(lookups, interpret):
     case = make_case("tq3", lengths=(1, 70), page_size=32)
@@ -69,7 +70,6 @@ SHAPES = [
 ]
 
 
-@pytest.mark.both_pythons
 @pytest.mark.parametrize("codec, shape", SHAPES, ids=str)
 def test_shapes(codec, shape, interpret):
     case = make_case(codec, lengths=(1, 70, 129), **shape)
