@@ -148,10 +148,10 @@ def lookup_text(levels: Levels, word_bits: int, plane: int) -> str:
         f"mov.b32 a, {word(high[:4])};",
         f"mov.b32 b, {word(high[4:])};",
         "prmt.b32 h, a, b, i;",
-        f"prmt.b32 l, l, h, {'0x6240' if plane % 2 == 0 else '0x7351'};",
+        f"prmt.b32 {'l' if signed else '$0'}, l, h, {'0x6240' if plane % 2 == 0 else '0x7351'};",
     ]
     if not signed:
-        return _group([*lines, "mov.b32 $0, l;"])
+        return _group(lines)
     shift = 12 - 4 * (plane % 4)
     lines += [signs, *_shift("s", -shift)]
     # a ^ (~b & c): codes of at least 8 are positive.
