@@ -22,7 +22,7 @@ help: ## list the targets
 	@echo "  make test keeps compiled programs in ~/.cache/jaxkv/tests-xla, or in JAX_COMPILATION_CACHE_DIR"
 	@echo "  variables: PYTHON=$(PYTHON) VENV=$(VENV) ARGS=\"more arguments\" JOBS=2 PROMPT=\"...\" PEERS=1"
 
-demo: $(VENV)/.demo ## stream a story from SmolLM2-135M on the CPU (98 MB, fetched once)
+demo: $(VENV)/.demo ## stream a story from SmolLM2-135M on the CPU (93 MB, fetched once)
 	@$(PY) scripts/generate.py --model smollm2 --chat --prompt "$$PROMPT" \
 		--max-tokens 200 --temperature 0.7 --seed 7 $(ARGS)
 

@@ -34,7 +34,7 @@ class Args:
     """
 
     model: str = "smollm2"
-    """'smollm2' (98 MB, fetched once), a GGUF file, or a Hugging Face folder."""
+    """'smollm2' (93 MB, fetched once), a GGUF file, or a Hugging Face folder."""
     keep: WindowOptions = WindowOptions(window=256, sink_tokens=4)
     text: Path | None = None
     """File to score; default: chapters of the Python reference that ship with Python."""

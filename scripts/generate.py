@@ -44,7 +44,7 @@ class Args:
     """
 
     model: str = "smollm2"
-    """'smollm2' (98 MB, fetched once), a GGUF file, or a Hugging Face folder.
+    """'smollm2' (93 MB, fetched once), a GGUF file, or a Hugging Face folder.
     To measure without weights: 'random:llama3-8b', 'random:llama3-1b' or 'random:tiny'."""
     prompt: Texts = ()
     """Prompt text; repeat for a batch. Without it and --prompt-file: standard input."""
