@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 import jax
-from jax.typing import DTypeLike
 
 from jaxkv.cache import KVCache
 from jaxkv.keep import Keep
@@ -22,16 +21,6 @@ class Model(Protocol):
     @property
     def vocab_size(self) -> int:
         """Number of different tokens: ids are below it."""
-        ...
-
-    @property
-    def hidden_size(self) -> int:
-        """Channels of the hidden states that a call returns."""
-        ...
-
-    @property
-    def dtype(self) -> DTypeLike:
-        """Float type of the hidden states that a call returns."""
         ...
 
     @property
@@ -59,10 +48,10 @@ class Model(Protocol):
           backend: passed on to `cache.attend`.
 
         Returns:
-          Hidden states, `[batch, tokens, hidden_size]`, and the cache.
+          Hidden states, `[batch, tokens, hidden]`, and the cache.
         """
         ...
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
-        """Logits, `f32[..., vocab_size]`, of hidden states `[..., hidden_size]`."""
+        """Logits, `[..., vocab_size]`, of hidden states `[..., hidden]`."""
         ...

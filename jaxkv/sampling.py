@@ -1,95 +1,105 @@
-"""Picks the next token from logits: greedy, or a draw after temperature, top-k, top-p and min-p."""
+"""How one request's tokens are chosen and reported: what people write, checked on the host."""
 
 import dataclasses
+import math
+import numbers
+from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 
-COLDEST = 1e-30  # least temperature: greedy in effect; a smaller one would make logits infinite
+MOST_INT = 2**31 - 1  # counts and token ids are int32
+
+# (logits f32[batch, vocab], tokens so far i32[batch, tokens], -1 behind the last) -> logits
+LogitsHook = Callable[[jax.Array, jax.Array], jax.Array]
 
 
-@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How to draw; `Sampling()` is greedy.
+    """How to draw one request's tokens; `Sampling()` is greedy.
 
-    None leaves a rule out of the compiled program; a number can change without compiling again.
-    Rules apply in the order of the fields, each to the tokens that the previous one kept.
+    Logits pass the penalties, `min_tokens`, the hook, the temperature, then top-k, top-p and min-p,
+    each applied to the tokens that the previous rule kept. What no request of a batch uses is left
+    out of the compiled program; a number can change without compiling again.
 
     Attributes:
-      temperature: logits are divided by it; None or 0 takes the largest logit.
+      temperature: logits are divided by it; 0 takes the largest logit. None is 1 where `top_k`,
+        `top_p` or `min_p` is given, and 0 otherwise.
       top_k: keep the `top_k` most likely tokens.
       top_p: keep the most likely tokens whose probabilities first reach `top_p` (arXiv:1904.09751).
       min_p: drop tokens less likely than `min_p` times the best one (arXiv:2407.01082).
+      repetition_penalty: logits of tokens of the prompt or the answer are divided by it where
+        positive, multiplied where negative (CTRL, arXiv:1909.05858); 1 changes nothing.
+      presence_penalty: subtracted from the logit of each token that the answer has (OpenAI's API).
+      frequency_penalty: subtracted once per occurrence of the token in the answer (OpenAI's API).
+      min_tokens: tokens that end a sequence can't be drawn before the answer has this many.
+      logprobs: report each generated token's log-probability, and those of this many most likely
+        tokens beside it; None reports nothing. They are natural logarithms of the softmax of the
+        model's own logits, before any rule above.
+      prompt_logprobs: report the log-probability of each prompt token after the first, too.
+      hook: `(logits, tokens) -> logits`, traced into the compiled step: `f32[batch, vocab]` after
+        the penalties, and `i32[batch, tokens]`, prompt and answer of each request so far with -1
+        behind. All requests of a batch share one hook. Another function object compiles again.
     """
 
     temperature: float | None = None
     top_k: int | None = None
     top_p: float | None = None
     min_p: float | None = None
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    min_tokens: int = 0
+    logprobs: int | None = None
+    prompt_logprobs: bool = False
+    hook: LogitsHook | None = None
 
     def checked(self) -> "Sampling":
-        """Returns itself, greedy if temperature is 0; raises ValueError naming a bad value."""
-        if self.temperature is not None and not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature={self.temperature} must be at least 0.")
-        if self.top_k is not None and (self.top_k < 1 or self.top_k != int(self.top_k)):
-            raise ValueError(f"top_k={self.top_k} must be a whole number, at least 1.")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p={self.top_p} must be above 0 and at most 1.")
-        if self.min_p is not None and not 0 <= self.min_p <= 1:
-            raise ValueError(f"min_p={self.min_p} must be between 0 and 1.")
-        return self if self.temperature else Sampling()
+        """Returns itself with a temperature; raises ValueError naming a bad value."""
+        if self.temperature is not None:
+            _check_number("temperature", self.temperature, least=0)
+        if self.top_k is not None:
+            check_whole("top_k", self.top_k, least=1)
+        if self.top_p is not None:
+            _check_number("top_p", self.top_p, above=0, most=1)
+        if self.min_p is not None:
+            _check_number("min_p", self.min_p, least=0, most=1)
+        _check_number("repetition_penalty", self.repetition_penalty, above=0)
+        _check_number("presence_penalty", self.presence_penalty)
+        _check_number("frequency_penalty", self.frequency_penalty)
+        check_whole("min_tokens", self.min_tokens, least=0)
+        if self.logprobs is not None:
+            check_whole("logprobs", self.logprobs, least=0)
+        if not isinstance(self.prompt_logprobs, bool):
+            raise ValueError(f"prompt_logprobs={self.prompt_logprobs!r} must be True or False.")
+        if self.hook is not None and not callable(self.hook):
+            raise ValueError(f"hook={self.hook!r} must be a function of logits and tokens.")
+        if self.temperature is not None:
+            return self
+        ruled = any(rule is not None for rule in (self.top_k, self.top_p, self.min_p))
+        return dataclasses.replace(self, temperature=1.0 if ruled else 0.0)
 
 
-def draw_keys(seeds: jax.Array, counts: jax.Array) -> jax.Array:
-    """Random keys of the next draws: each depends only on a request's own seed and count.
-
-    Args:
-      seeds: `u32[batch]`.
-      counts: `i32[batch]`, tokens that each request has drawn so far.
-
-    Returns:
-      `[batch]` keys. They are threefry keys whatever JAX's default is: with other generators, the
-      bits of a row would depend on its place in the batch.
-    """
-    return jax.vmap(
-        lambda seed, count: jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), count)
-    )(seeds, counts)
+def check_whole(name: str, value: object, *, least: int) -> int:
+    """The value as an int; ValueError unless it is a whole number from `least` to 2**31 - 1."""
+    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not whole or not least <= int(value) <= MOST_INT:  # type: ignore[call-overload]
+        raise ValueError(f"{name}={value!r} must be a whole number, at least {least}, below 2**31.")
+    return int(value)  # type: ignore[call-overload]
 
 
-def sample(logits: jax.Array, sampling: Sampling, keys: jax.Array) -> jax.Array:
-    """Draws one token for each row.
-
-    Args:
-      logits: `f32[batch, vocab]`.
-      sampling: how to draw, after `checked()`.
-      keys: `[batch]` random keys, so that a row's draw does not depend on its neighbours.
-
-    Returns:
-      `i32[batch]`.
-    """
-    if sampling.temperature is None:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    logits = logits / jnp.maximum(sampling.temperature, COLDEST)
-    logits = jnp.where(logits >= _threshold(logits, sampling), logits, -jnp.inf)
-    return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
-
-
-def _threshold(logits: jax.Array, sampling: Sampling) -> jax.Array:
-    """The least logit that every rule keeps, `f32[batch, 1]`."""
-    best = jnp.max(logits, axis=-1, keepdims=True)
-    least = jnp.full_like(best, -jnp.inf)
-    if sampling.top_k is not None or sampling.top_p is not None:
-        ranked = -jnp.sort(-logits, axis=-1)
-        rank = jnp.arange(ranked.shape[-1], dtype=jnp.int32)[None]
-        if sampling.top_k is not None:
-            ranked = jnp.where(rank < sampling.top_k, ranked, -jnp.inf)
-        if sampling.top_p is not None:
-            p = jax.nn.softmax(ranked, axis=-1)
-            before = jnp.cumsum(p, axis=-1) - p  # probability of all more likely tokens
-            ranked = jnp.where((before < sampling.top_p) | (rank == 0), ranked, -jnp.inf)
-        kept = jnp.where(ranked == -jnp.inf, jnp.inf, ranked)
-        least = jnp.min(kept, axis=-1, keepdims=True)
-    if sampling.min_p is not None:
-        least = jnp.maximum(least, best + jnp.log(jnp.float32(1) * sampling.min_p))
-    return least
+def _check_number(
+    name: str,
+    value: object,
+    *,
+    least: float = -math.inf,
+    above: float = -math.inf,
+    most: float = math.inf,
+) -> None:
+    """ValueError unless the value is a finite number within the bounds."""
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if number and math.isfinite(value) and above < value and least <= value <= most:  # type: ignore
+        return
+    bounds = [f"at least {least}"] if least > -math.inf else []
+    bounds += [f"above {above}"] if above > -math.inf else []
+    bounds += [f"at most {most}"] if most < math.inf else []
+    raise ValueError(f"{name}={value!r} must be a finite number{', '.join(['', *bounds])}.")

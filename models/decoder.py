@@ -64,11 +64,6 @@ class Decoder(nnx.Module):
         return self.config.vocab_size
 
     @property
-    def hidden_size(self) -> int:
-        """Channels of hidden states."""
-        return self.config.hidden_size
-
-    @property
     def eos_ids(self) -> tuple[int, ...]:
         """Tokens that end a sequence, as the checkpoint's config says."""
         return self.config.eos_ids

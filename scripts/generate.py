@@ -39,6 +39,7 @@ class Args:
       generate.py --model gpt-oss-20b --chat --template-args reasoning_effort=low --prompt "Hi"
       generate.py --window 256 --sink-tokens 4 --prompt-file book.txt --max-tokens 2000
       generate.py --kv tq4 --prompt-file book.txt
+      generate.py --prompt "One, two," --stop . --temperature 0.8 --top-p 0.9 --min-tokens 8
       generate.py --kv help
       generate.py --model random:llama3-8b --prompt-tokens 8000 --batch 8 --kv tq4
     """
@@ -61,14 +62,24 @@ class Args:
     """A variable of the chat template, JSON or plain text; repeat for more."""
     max_tokens: int = 128
     """Most new tokens after each prompt."""
-    temperature: float = 0.0
-    """0 is greedy; higher is more random."""
+    stop: Texts = ()
+    """Text that ends the answer and is not shown; repeat for more."""
+    min_tokens: int = 0
+    """Nothing ends the answer before it has this many tokens."""
+    temperature: float | None = None
+    """0 is greedy; higher is more random; default: 1 with --top-k, --top-p or --min-p, else 0."""
     top_k: int | None = None
     """Draw among the K most likely tokens."""
     top_p: float | None = None
     """Draw among the most likely tokens that together reach this probability."""
     min_p: float | None = None
     """Drop tokens less likely than this times the best one."""
+    repetition_penalty: float = 1.0
+    """Above 1: tokens of the prompt and the answer become less likely."""
+    presence_penalty: float = 0.0
+    """Subtracted from the logits of tokens that the answer has already."""
+    frequency_penalty: float = 0.0
+    """Subtracted from the logits of tokens once for each time that the answer has them."""
     seed: int = 0
     """Of the random draws; of several prompts, number i draws with this plus i."""
     kv: str = "exact"
@@ -95,6 +106,7 @@ class Asked:
     prompts: list[list[int]]
     streams: list[Any]
     stop_ids: Sequence[int]
+    stop_text: jaxkv.StopText | None
 
 
 class IdStream:
@@ -117,7 +129,12 @@ def check_prompt_options(args: Args) -> None:
             raise ValueError(f"{name} {value} needs random weights: --model {RANDOM}SHAPE.")
         if value is not None and value < 1:
             raise ValueError(f"{name} {value} must be at least 1.")
-    worded = {"--prompt": args.prompt, "--prompt-file": args.prompt_file, "--chat": args.chat}
+    worded = {
+        "--prompt": args.prompt,
+        "--prompt-file": args.prompt_file,
+        "--chat": args.chat,
+        "--stop": args.stop,
+    }
     for name, value in worded.items():
         if value and drawn:
             raise ValueError(f"{name} needs a tokenizer; {args.model} takes --prompt-tokens N.")
@@ -209,6 +226,7 @@ def ask_checkpoint(args: Args, variables: dict[str, Any], log: Console) -> Asked
         prompts=prompts,
         streams=[answer_stream(tokenizer, prompt) for prompt in prompts],
         stop_ids=tokenizer.eos_ids,
+        stop_text=jaxkv.StopText(args.stop, tokenizer.decode).checked() if args.stop else None,
     )
 
 
@@ -226,13 +244,15 @@ def ask_random(args: Args, log: Console) -> Asked:
         prompts=tokens.tolist(),
         streams=[IdStream() for _ in range(batch)],
         stop_ids=(),
+        stop_text=None,
     )
 
 
 def sampling(args: Args) -> jaxkv.Sampling:
     """How tokens are drawn; ValueError for a number out of range."""
+    names = [field.name for field in dataclasses.fields(jaxkv.Sampling)]
     return jaxkv.Sampling(
-        temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, min_p=args.min_p
+        **{name: getattr(args, name) for name in names if hasattr(args, name)}
     ).checked()
 
 
@@ -241,6 +261,10 @@ def ask(args: Args, log: Console) -> Asked:
     get_codec(args.kv)
     sampling(args)
     check_least(args, "max_tokens")
+    if args.min_tokens > args.max_tokens:
+        raise ValueError(f"--min-tokens {args.min_tokens} must be at most --max-tokens.")
+    if "" in args.stop:
+        raise ValueError("--stop '' must not be empty.")
     variables = template_variables(args.template_args)
     if variables and not args.chat:
         raise ValueError("--template-args needs --chat.")
@@ -253,58 +277,88 @@ def ask(args: Args, log: Console) -> Asked:
 class Screen:
     """Shows one prompt's answer as it comes, of several only how far the first has come."""
 
-    def __init__(self, streams: Sequence[Any], status: Status):
+    def __init__(self, streams: Sequence[Any], args: Args, status: Status):
         self.streams, self.status = streams, status
+        self.stops, self.min_tokens = args.stop, args.min_tokens
         self.alone = len(streams) == 1
-        self.pieces: list[list[str]] = [[] for _ in streams]
+        self.texts = [""] * len(streams)
+        self.tokens = [0] * len(streams)
+        self.passed = [0] * len(streams)  # characters before min_tokens: no string stops there
+        self.shown = 0  # characters of the only answer that are on the screen
 
     def prefilled(self, done: int, of: int) -> None:
         """Prompt tokens are in the cache."""
         self.status.update(f"prefill {done}/{of} tokens")
-        if done == of and self.alone:
-            self.status.stop()
 
     def show(self, new: list[list[int]]) -> None:
         """Every prompt's next tokens are there."""
         for number, tokens in enumerate(new):
-            self.pieces[number].append(self.streams[number].push(tokens))
+            for token in tokens:
+                self.texts[number] += self.streams[number].push([token])
+                self.tokens[number] += 1
+                if self.tokens[number] < self.min_tokens:
+                    self.passed[number] = len(self.texts[number])
         if self.alone:
-            print(self.pieces[0][-1], end="", flush=True)
+            self.status.stop()
+            # The end of the text may be the beginning of a string that stops.
+            held = max((len(stop) - 1 for stop in self.stops), default=0)
+            self._print(len(self.texts[0]) - held)
         else:
-            count = sum(map(len, self.pieces[0]))
-            self.status.update(f"prompt 0, {count} characters: …{''.join(self.pieces[0])[-60:]!r}")
+            text = self.texts[0]
+            self.status.update(f"prompt 0, {len(text)} characters: …{text[-60:]!r}")
+
+    def _print(self, stop: int) -> None:
+        """Shows the only answer up to character `stop`."""
+        text = before_stop(self.texts[0], self.stops, self.passed[0])
+        print(text[self.shown : stop], end="", flush=True)
+        self.shown = max(self.shown, stop)
 
     def finish(self, texts: Sequence[str]) -> list[str]:
         """Prints the rest, several answers below their prompts; returns the answers."""
-        for pieces, stream in zip(self.pieces, self.streams, strict=True):
-            pieces.append(stream.flush())
-        outputs = ["".join(pieces) for pieces in self.pieces]
+        self.texts = [
+            text + stream.flush() for text, stream in zip(self.texts, self.streams, strict=True)
+        ]
+        outputs = [
+            before_stop(text, self.stops, passed)
+            for text, passed in zip(self.texts, self.passed, strict=True)
+        ]
         if self.alone:
-            print(self.pieces[0][-1])
+            self._print(len(self.texts[0]))
+            print()
         else:
             for number, (text, output) in enumerate(zip(texts, outputs, strict=True)):
                 print(f"--- {number}: {text[:60]!r} ---\n{output}")
         return outputs
 
 
+def before_stop(text: str, stops: Sequence[str], passed: int) -> str:
+    """The text before the first of `stops` that ends after the first `passed` characters."""
+    places = (text.find(stop, max(0, passed - len(stop) + 1)) for stop in stops)
+    return text[: min((place for place in places if place >= 0), default=len(text))]
+
+
 def run(args: Args, asked: Asked, log: Console) -> tuple[jaxkv.Generation, list[str]]:
     """Generates and streams; returns the generation and the answers as text."""
     with log.status("compiling (kept for the next start)") as status:
-        screen = Screen(asked.streams, status)
-        result = jaxkv.generate(
+        screen = Screen(asked.streams, args, status)
+        stream = jaxkv.stream(
             asked.model,
             asked.prompts,
             max_tokens=args.max_tokens,
             sampling=sampling(args),
             seed=args.seed,
             stop_ids=asked.stop_ids or None,
+            stop_text=asked.stop_text,
             keep=args.keep.keep(args.kv),
             sizes=jaxkv.Sizes(page_size=args.page_size, chunk=args.chunk),
             backend=args.backend,
-            on_tokens=screen.show,
-            on_prefill=screen.prefilled,
         )
-    return result, screen.finish(asked.texts)
+        for new in stream:
+            if any(new):
+                screen.show(new)
+            else:
+                screen.prefilled(stream.prompt_done, stream.prompt_total)
+    return stream.result, screen.finish(asked.texts)
 
 
 def main(args: Args) -> int:

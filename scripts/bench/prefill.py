@@ -80,16 +80,21 @@ class Args:
     """Last line of standard output: one JSON object."""
 
 
+@functools.partial(jax.jit, static_argnames="backend")
+def last_hidden(model, cache: jaxkv.KVCache, prompts, last: int, *, backend) -> jax.Array:
+    """The hidden states of each prompt's token `last`, whose predecessors are in the cache."""
+    one = jnp.ones(prompts.shape[0], jnp.int32)
+    tokens = jax.lax.dynamic_slice_in_dim(prompts, last, 1, axis=1)
+    return model(tokens, cache.prepare(one), backend=backend)[0][:, 0]
+
+
 def read_prompts(model, config: jaxkv.CacheConfig, prompts, *, tokens: int, backend) -> jax.Array:
     """Reads `tokens` of each prompt into a fresh cache; returns the last ones' hidden states."""
     cache, chunk = jaxkv.KVCache.create(config), config.max_new_tokens
-    last = jnp.zeros((config.batch, model.config.hidden_size), model.dtype)
     lens = jnp.full(config.batch, tokens, jnp.int32)
-    for _ in range(-(-tokens // chunk)):
-        cache, last, *_ = prefill_chunk(
-            model, cache, last, prompts, lens, chunk=chunk, backend=backend
-        )
-    return last
+    for _ in range(-(-(tokens - 1) // chunk)):
+        cache, *_ = prefill_chunk(model, cache, None, prompts, lens, chunk=chunk, backend=backend)
+    return last_hidden(model, cache, prompts, tokens - 1, backend=backend)
 
 
 def relative_error(read, backend: Backend | None, tokens: int) -> float:

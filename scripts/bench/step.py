@@ -20,7 +20,8 @@ from rich.console import Console
 import jaxkv
 import models
 from jaxkv.codecs import get_codec
-from jaxkv.steps import Requests, decode_block, start
+from jaxkv.draw import rules_of
+from jaxkv.steps import NO_TOKEN, Requests, decode_block, start
 from models.random_weights import named_shape
 from scripts.bench.cases import GRIDS
 from scripts.bench.fill import random_cache, stored_bytes
@@ -117,26 +118,36 @@ def configs_that_fit(
     return configs
 
 
-def greedy(batch: int) -> Requests:
-    """Requests that draw greedily and that no token ends."""
+def greedy(batch: int, context: int) -> Requests:
+    """Requests with prompts of `context` tokens, that draw greedily and that no token ends."""
     return Requests(
+        prompt_lens=jnp.full(batch, context, jnp.int32),
         seeds=jnp.zeros(batch, jnp.uint32),
         limits=jnp.full(batch, 2**30, jnp.int32),
-        stop_ids=jnp.zeros((batch, 0), jnp.int32),
-        sampling=jaxkv.Sampling(),
+        stop_ids=jnp.full((batch, 8), NO_TOKEN, jnp.int32),
+        rules=rules_of([jaxkv.Sampling().checked()] * batch),
+        logprobs=None,
+        releases=False,
     )
+
+
+def one_block(args: Args, batch: int) -> tuple[jax.Array, jax.Array]:
+    """The arguments of a whole block of decode steps: no sequence ends before it."""
+    return jnp.zeros(batch, bool), jnp.int32(args.steps)
 
 
 def compile_all(args: Args, model, configs: dict) -> dict:
     """`generate`'s block of decode steps, compiled for each cache, in threads."""
 
     def lower(config: jaxkv.CacheConfig):
-        requests = greedy(config.batch)
+        requests = greedy(config.batch, args.context + 1)
         cache = jax.eval_shape(lambda: jaxkv.KVCache.create(config))
-        size = (config.batch, model.config.hidden_size)
-        last = jax.ShapeDtypeStruct(size, jnp.dtype(args.dtype))
-        state = jax.eval_shape(start, model, cache, last, requests)
-        return decode_block.lower(model, state, requests, steps=args.steps, backend=None)
+        tokens = jax.ShapeDtypeStruct((config.batch, config.max_tokens), jnp.int32)
+        state = jax.eval_shape(start, cache, tokens, requests)
+        ended, steps = one_block(args, config.batch)
+        return decode_block.lower(
+            model, state, requests, ended, steps, block=args.steps, backend=None
+        )
 
     lowered = {case: lower(config) for case, config in configs.items()}
     with concurrent.futures.ThreadPoolExecutor(COMPILE_THREADS) as pool:
@@ -148,15 +159,18 @@ def measure(
     args: Args, model, config: jaxkv.CacheConfig, program: Callable
 ) -> tuple[dict, list[tuple[float, str, float]]]:
     """Times one case; returns its row of the table, and the kernels of `args.steps` steps."""
-    requests = greedy(config.batch)
-    cache = random_cache(config, args.context)
-    last = jnp.ones((config.batch, model.config.hidden_size), args.dtype)
-    state = jax.block_until_ready(start(model, cache, last, requests))
+    requests = greedy(config.batch, args.context + 1)
+    assert config.max_tokens is not None
+    shape = (config.batch, config.max_tokens)
+    tokens = jax.random.randint(jax.random.key(1), shape, 0, model.vocab_size)
+    state = jax.block_until_ready(start(random_cache(config, args.context), tokens, requests))
+    program = functools.partial(program, model)
+    ended, steps = one_block(args, config.batch)
     seconds = []
     for _ in range(args.repeats + 1):  # the first warms up
-        took, (state, *_) = timed(functools.partial(program, model, state, requests))
+        took, (state, *_) = timed(functools.partial(program, state, requests, ended, steps))
         seconds.append(took / args.steps)
-    kernels = device_kernels([lambda: program(model, state, requests)[1]])
+    kernels = device_kernels([lambda: program(state, requests, ended, steps)[1]])
     parts = {name: ms / args.steps for name, ms in time_by_kind(kernels).items()}
     step_ms = 1e3 * float(np.median(seconds[1:]))
     row = {

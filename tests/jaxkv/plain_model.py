@@ -28,14 +28,6 @@ class PlainModel:
     def vocab_size(self):
         return self.embedding.shape[0]
 
-    @property
-    def hidden_size(self):
-        return self.embedding.shape[1]
-
-    @property
-    def dtype(self):
-        return self.embedding.dtype
-
     def layer_specs(self, keep):
         heads, head_dim = self.output.shape[1:3]
         layer = LayerSpec(kv_heads=heads, head_dim=head_dim, dtype="float32")

@@ -1,11 +1,12 @@
-"""Which tokens each sampling rule can draw, against its definition in numpy."""
+"""Which tokens each rule can draw and how penalties change logits, by definitions in numpy."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxkv.sampling import Sampling, draw_keys, sample
+from jaxkv.draw import adjust, draw, draw_keys, rules_of
+from jaxkv.sampling import Sampling
 
 VOCAB = 11
 
@@ -14,11 +15,16 @@ def logits(seed=0, rows=1):
     return np.random.default_rng(seed).normal(0, 2, (rows, VOCAB)).astype(np.float32)
 
 
+def sample(x, sampling, keys):
+    """One draw per row of `x`, all by the same rules."""
+    return draw(jnp.asarray(x), rules_of([sampling.checked()] * len(x)), keys)
+
+
 def drawn(x, sampling, draws=600):
     """Set of tokens that `draws` keys give for the first row of `x`."""
     keys = jax.random.split(jax.random.key(3), draws)
     rows = jnp.broadcast_to(jnp.asarray(x[:1]), (draws, VOCAB))
-    return set(np.asarray(sample(rows, sampling.checked(), keys)).tolist())
+    return set(np.asarray(sample(rows, sampling, keys)).tolist())
 
 
 def by_probability(x, temperature=1.0):
@@ -29,8 +35,8 @@ def by_probability(x, temperature=1.0):
 def test_greedy_takes_the_largest_and_needs_no_key():
     x = logits(rows=4)
     keys = jax.random.split(jax.random.key(0), 4)
-    for sampling in (Sampling(), Sampling(temperature=0.0, top_k=3)):
-        got = sample(jnp.asarray(x), sampling.checked(), keys)
+    for sampling in (Sampling(), Sampling(temperature=0.0, top_k=3, top_p=0.5, min_p=0.5)):
+        got = sample(x, sampling, keys)
         np.testing.assert_array_equal(got, x.argmax(-1))
 
 
@@ -87,12 +93,100 @@ def test_a_row_does_not_depend_on_its_neighbours():
 
 @pytest.mark.parametrize(
     "field, value",
-    [("temperature", -0.1), ("temperature", float("nan")), ("top_k", 0), ("top_p", 0.0),
-     ("top_p", 1.1), ("min_p", -0.1), ("min_p", 2.0)],
+    [("temperature", -0.1), ("temperature", float("nan")), ("temperature", "hot"),
+     ("temperature", True), ("top_k", 0), ("top_k", 2**31), ("top_k", 1.5), ("top_p", 0.0),
+     ("top_p", 1.1), ("min_p", -0.1), ("min_p", 2.0), ("repetition_penalty", 0.0),
+     ("presence_penalty", float("inf")), ("frequency_penalty", None), ("min_tokens", -1),
+     ("logprobs", -1), ("logprobs", True), ("prompt_logprobs", 1), ("hook", "no function")],
 )  # fmt: skip
 def test_bad_values_are_named(field, value):
-    with pytest.raises(ValueError, match=f"^{field}={value}"):
+    with pytest.raises(ValueError, match=f"^{field}={value!r} must"):
         Sampling(**{"temperature": 1.0, field: value}).checked()
+
+
+@pytest.mark.parametrize("rule", [{"top_k": 4}, {"top_p": 0.8}, {"min_p": 0.2}])
+def test_a_rule_without_a_temperature_draws_at_temperature_1(rule):
+    assert Sampling(**rule).checked().temperature == 1
+    assert drawn(logits(), Sampling(**rule)) == drawn(logits(), Sampling(temperature=1, **rule))
+    assert len(drawn(logits(), Sampling(**rule))) > 1
+    assert len(drawn(logits(), Sampling(temperature=0, **rule))) == 1
+    assert Sampling().checked().temperature == Sampling(min_tokens=3).checked().temperature == 0
+
+
+MIXED = [
+    Sampling(temperature=0),
+    Sampling(temperature=9.0),
+    Sampling(temperature=9.0, top_k=3),
+    Sampling(top_p=0.4),
+    Sampling(temperature=3.0, min_p=0.5),
+    Sampling(temperature=2.0, top_k=6, top_p=0.9, min_p=0.01),
+]
+
+
+def test_rows_of_different_rules_draw_what_each_draws_alone():
+    x = jnp.asarray(logits(rows=len(MIXED)))
+    checked = [sampling.checked() for sampling in MIXED]
+    for seed in range(20):
+        keys = jax.random.split(jax.random.key(seed), len(MIXED))
+        together = draw(x, rules_of(checked), keys)
+        alone = [
+            int(draw(x[n : n + 1], rules_of([rules]), keys[n : n + 1])[0])
+            for n, rules in enumerate(checked)
+        ]
+        assert together.tolist() == alone
+
+
+def test_penalties_are_those_of_their_formulas():
+    x = logits(rows=3)
+    tokens = np.int32([[1, 2, 2, 7, 7, 7, -1], [3, 3, 4, 4, 5, -1, -1], [9, 8, -1, -1, -1, -1, -1]])
+    prompt_lens, lens = np.int32([3, 1, 2]), np.int32([6, 5, 2])
+    samplings = [
+        Sampling(repetition_penalty=1.7, presence_penalty=0.3, frequency_penalty=-0.2),
+        Sampling(frequency_penalty=0.9),
+        Sampling(repetition_penalty=0.5, presence_penalty=2.0),
+    ]
+    want = x.copy()
+    for row, one in enumerate(samplings):
+        known = tokens[row, : lens[row]].tolist()
+        answer = known[prompt_lens[row] :]
+        for token in set(known):
+            value, penalty = want[row, token], one.repetition_penalty
+            want[row, token] = value / penalty if value > 0 else value * penalty
+        for token in set(answer):
+            want[row, token] -= one.presence_penalty + one.frequency_penalty * answer.count(token)
+    none = jnp.full((3, 1), -1, jnp.int32)
+    got = adjust(jnp.asarray(x), rules_of(samplings), tokens, prompt_lens, lens, none)
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+    assert np.abs(want - x).max() > 1
+
+
+def test_tokens_that_end_a_request_can_not_be_drawn_too_early():
+    x, tokens = logits(rows=3), np.full((3, 4), 1, np.int32)
+    rules = rules_of([Sampling(min_tokens=2), Sampling(min_tokens=1), Sampling()])
+    stops, two = np.int32([[4, 6], [4, -1], [4, 6]]), np.full(3, 2, np.int32)
+    got = np.asarray(adjust(jnp.asarray(x), rules, tokens, two, two + np.int32([1, 0, 0]), stops))
+    want = x.copy()
+    want[0, [4, 6]] = want[1, 4] = -np.inf
+    np.testing.assert_array_equal(got, want)
+
+
+def test_a_hook_sees_logits_and_tokens_and_must_keep_their_shape():
+    x, tokens = logits(rows=2), np.int32([[3, 1, -1], [2, 0, 5]])
+    two = np.full(2, 2, np.int32)
+    none = np.full((2, 1), -1, np.int32)
+
+    def never_again(logits, tokens):
+        return jnp.where(jax.nn.one_hot(tokens, VOCAB).any(1), -jnp.inf, logits)
+
+    got = adjust(jnp.asarray(x), rules_of([Sampling(hook=never_again)] * 2), tokens, two, two, none)
+    want = x.copy()
+    want[0, [3, 1]] = want[1, [2, 0, 5]] = -np.inf
+    np.testing.assert_array_equal(got, want)
+    bad = rules_of([Sampling(hook=lambda logits, tokens: logits[0])] * 2)
+    with pytest.raises(ValueError, match="hook must return logits"):
+        adjust(jnp.asarray(x), bad, tokens, two, two, none)
+    with pytest.raises(ValueError, match="names 2 hooks: all requests must share one"):
+        rules_of([Sampling(hook=never_again), Sampling()])
 
 
 @pytest.mark.parametrize("temperature", [1e-4, 1e-30, 1e-40])  # the last two overflow a float32
@@ -126,9 +220,9 @@ def test_masked_tokens_are_never_drawn(rules):
 
 def test_numbers_change_without_compiling_again():
     x, keys = jnp.asarray(logits()), jax.random.split(jax.random.key(0), 1)
-    compiled = jax.jit(sample)
+    compiled = jax.jit(draw)
     for temperature, top_p in ((0.7, 0.9), (1.3, 0.5)):
-        compiled(x, Sampling(temperature=temperature, top_p=top_p), keys)
+        compiled(x, rules_of([Sampling(temperature=temperature, top_p=top_p)]), keys)
     assert compiled._cache_size() == 1
 
 
