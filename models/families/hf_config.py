@@ -116,6 +116,22 @@ def flag(hf: dict, key: str, default: bool) -> bool:
     return value
 
 
+def expert_counts(hf: dict, *default: int) -> tuple[int, int]:
+    """Number of experts, and how many of them a token is sent to.
+
+    Files call the first `num_local_experts` or `num_experts`; `default` if they have neither.
+    """
+    names = ("num_local_experts", "num_experts")
+    given = {name: hf[name] for name in names if hf.get(name) is not None}
+    if len(set(map(str, given.values()))) > 1:
+        raise CheckpointError(f"config.json: {names[0]} and {names[1]} must agree, not {given}.")
+    count = whole(hf, next(iter(given), names[0]), *default)
+    top_k = whole(hf, "num_experts_per_tok")
+    if top_k > count:
+        raise CheckpointError(f"num_experts_per_tok={top_k} must be at most {count}.")
+    return count, top_k
+
+
 def rope_parameters(hf: dict, *, theta: float = DEFAULT_THETA) -> dict:
     """Parameters for `make_rope`, from the key `rope_parameters` or, in old files, `rope_scaling`.
 
@@ -180,6 +196,20 @@ def switched_windows(hf: dict, default: Callable[[dict], Sequence[str]]) -> tupl
             f"sliding_window; they are {switch} and {window}."
         )
     return (None,) * whole(hf, "num_hidden_layers")
+
+
+def uniform_windows(hf: dict, window: int | None) -> tuple[int | None, ...]:
+    """The window of families in which all layers have the same, or none.
+
+    transformers does not read `layer_types` in them, so a file that has it must agree.
+    """
+    layers, kind = whole(hf, "num_hidden_layers"), FULL if window is None else SLIDING
+    if set(layer_types(hf, [kind] * layers)) != {kind}:
+        raise CheckpointError(
+            f"config.json: layer_types must be {kind!r} in every layer of {hf['model_type']!r} "
+            f"with sliding_window={window}."
+        )
+    return (window,) * layers
 
 
 def last_layers_sliding(hf: dict) -> list[str]:

@@ -9,4 +9,4 @@ def decoder_config(hf: dict) -> DecoderConfig:
     bias = hf.get("attention_bias", False)
     hf = {"sliding_window": 4096, "max_window_layers": 28} | hf  # transformers' defaults
     windows = switched_windows(hf, last_layers_sliding)
-    return build_config(hf, windows=windows, attention_bias=bias, output_bias=bias, qk_norm=True)
+    return build_config(hf, windows=windows, attention_bias=bias, output_bias=bias, qk_norm="head")

@@ -12,8 +12,9 @@ from models.experts import Experts, ExpertsConfig
 from tests.helpers import AS_USERS
 
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
-SIX = ExpertsConfig(experts=6, top_k=3, alpha=1.702, limit=1.5, packed=True)
-FIVE = ExpertsConfig(experts=5, top_k=1, alpha=1.3, limit=0.7, packed=True)
+OSS = {"up_offset": 1.0, "biases": True, "packed": True}
+SIX = ExpertsConfig(experts=6, top_k=3, alpha=1.702, limit=1.5, **OSS)
+FIVE = ExpertsConfig(experts=5, top_k=1, alpha=1.3, limit=0.7, **OSS)
 
 
 def make(config, *, hidden=64, inner=96, stack=(), dtype="float32", seed=0):

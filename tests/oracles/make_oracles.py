@@ -30,6 +30,7 @@ SIZES = {
     "num_hidden_layers": 4,
     "max_position_embeddings": 256,
     "rms_norm_eps": 1e-5,
+    "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
     "hidden_act": "silu",
@@ -37,8 +38,8 @@ SIZES = {
 }
 YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 
-# For each folder its config.json, and its switches: keys that are put into it, None to leave one out,
-# and under DROP the pattern of names of tensors that the model then does not have. Windows are
+# For each folder its config.json, and its switches: keys that are put into it, None to leave one
+# out, and under DROP the pattern of names of tensors that the model then does not have. Windows are
 # shorter than the sequences; where a file may say a thing in two ways, both occur.
 DROP = "drop"
 CHECKPOINTS = {
@@ -65,6 +66,101 @@ CHECKPOINTS = {
             "tied": {"tie_word_embeddings": True, DROP: "lm_head"},
         },
     ),
+    "qwen3_moe": (
+        SIZES
+        | {
+            "model_type": "qwen3_moe",
+            "head_dim": 12,
+            "num_hidden_layers": 2,
+            "num_experts": 6,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 24,
+            "norm_topk_prob": True,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+            "attention_bias": True,
+            "use_sliding_window": True,
+            "sliding_window": 13,
+            "max_window_layers": 2,
+            "rope_theta": 1000.0,
+        },
+        {
+            "shares_of_all": {"norm_topk_prob": False},
+            "one_expert": {"norm_topk_prob": None, "num_experts_per_tok": 1},
+            "no_window": {"use_sliding_window": False},
+            "no_bias": {"attention_bias": False, DROP: "bias"},
+        },
+    ),
+    "qwen3_moe_mixed": (
+        SIZES
+        | {
+            "model_type": "qwen3_moe",
+            "head_dim": 8,
+            "num_hidden_layers": 6,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+            "norm_topk_prob": False,
+            "decoder_sparse_step": 2,
+            "mlp_only_layers": [3],
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1000.0},
+            "tie_word_embeddings": True,
+        },
+        {},
+    ),
+    "mixtral": (
+        SIZES
+        | {
+            "model_type": "mixtral",
+            "num_hidden_layers": 2,
+            "num_local_experts": 5,
+            "num_experts_per_tok": 2,
+            "sliding_window": 13,
+            "rope_theta": 1000.0,
+        },
+        {
+            "no_window": {"sliding_window": None},
+            "three_experts": {"num_experts_per_tok": 3, "rope_theta": None},
+        },
+    ),
+    "smollm3": (
+        SIZES
+        | {
+            "model_type": "smollm3",
+            "no_rope_layer_interval": 2,
+            "attention_bias": True,
+            "mlp_bias": True,
+            "rope_theta": 1000.0,
+            "rope_scaling": YARN,
+        },
+        {
+            "every_third": {"no_rope_layer_interval": 3},
+            "every_fourth": {"no_rope_layer_interval": None},
+            "list": {"no_rope_layers": [0, 1, 1, 0]},
+            "window": {"use_sliding_window": True, "sliding_window": 13},
+            "layer_types": {
+                "use_sliding_window": True,
+                "sliding_window": 13,
+                "layer_types": ["sliding_attention", "full_attention"] * 2,
+            },
+            "no_bias": {"attention_bias": False, "mlp_bias": False, DROP: "bias"},
+            "theta_of_the_family": {"rope_theta": None, "rope_scaling": None},
+        },
+    ),
+    "olmo2": (
+        SIZES
+        | {
+            "model_type": "olmo2",
+            "num_hidden_layers": 2,
+            "attention_bias": True,
+            "tie_word_embeddings": False,
+            "rope_theta": 1000.0,
+        },
+        {
+            "no_bias": {"attention_bias": False, DROP: "bias"},
+            "yarn": {"rope_scaling": YARN},
+        },
+    ),
 }
 
 
@@ -83,7 +179,7 @@ def draw(name: str, shape: tuple[int, ...], noise: np.random.Generator) -> torch
 
 
 def logits_of(folder: Path, config: dict, weights: dict, tokens: np.ndarray) -> np.ndarray:
-    """transformers' logits for files with this config.json and these tensors, read from `folder`."""
+    """transformers' logits on these tensors, written to `folder` with this config.json."""
     (folder / "config.json").write_text(json.dumps(config))
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     model, report = AutoModelForCausalLM.from_pretrained(

@@ -15,7 +15,8 @@ import models
 from models.checkpoints.checkpoint import Checkpoint, LazyTensor
 from models.checkpoints.load_decoder import load_decoder
 from models.checkpoints.open import open_checkpoint
-from models.checkpoints.tensor_names import check_names, find_prefix, recipe_table, transposed
+from models.checkpoints.recipe import transposed
+from models.checkpoints.tensor_names import check_names, find_naming, recipe_table
 from models.decoder import Decoder
 from models.errors import CheckpointError
 from models.families.architectures import architecture_config
@@ -61,7 +62,7 @@ def test_tables_are_the_published_names_and_shapes(name):
     hf, shapes = published(name)
     checkpoint = without_weights(hf, shapes | (IMAGE if hf["model_type"] == "gemma3" else {}))
     config = architecture_config(hf)
-    recipes = recipe_table(config, find_prefix(checkpoint))
+    recipes = recipe_table(config, find_naming(checkpoint, config))
     check_names(checkpoint, recipes, config.layers)
     del checkpoint.tensors[next(reversed(shapes))]  # type: ignore[attr-defined]
     with pytest.raises(CheckpointError, match="has no tensor"):
@@ -188,7 +189,7 @@ def test_packed_experts_stay_packed_whatever_the_dtype(tmp_path):
     kinds = {str(x.dtype) for x in jax.tree.leaves(nnx.state(model))}
     assert kinds == {"uint8", "bfloat16"}
     blocks = load_file(tmp_path / "model.safetensors")[BLOCKS]
-    np.testing.assert_array_equal(model.layers[1].mlp.down_blocks[...], blocks)
+    np.testing.assert_array_equal(model.layers[1].experts.down_blocks[...], blocks)
 
 
 @pytest.mark.parametrize("layers, period, tail", [(7, 6, 1), (12, 6, 0), (5, 5, 0)])

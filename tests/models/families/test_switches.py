@@ -1,4 +1,4 @@
-"""Tiny checkpoints against transformers' logits: as they stand, and under every switch they have."""
+"""Tiny checkpoints give transformers' logits: as they stand, and under every switch they have."""
 
 import json
 import re
@@ -13,7 +13,7 @@ from models.errors import CheckpointError
 from models.families.architectures import architecture_config
 from tests.scripts.check_checkpoint.oracles import ORACLES, ROUNDING, largest_difference, prefill
 
-FOLDERS = ("qwen2",)
+FOLDERS = ("qwen2", "qwen3_moe", "qwen3_moe_mixed", "mixtral", "smollm3", "olmo2")
 SWITCHES = {name: json.loads((ORACLES / name / "switches.json").read_text()) for name in FOLDERS}
 CASES = [(name, switch) for name in FOLDERS for switch in SWITCHES[name]]
 
