@@ -30,21 +30,23 @@ def decoder_config(hf: dict) -> DecoderConfig:
     window = whole(hf, "sliding_window", None) if flag(hf, "use_sliding_window", False) else None
     bias = flag(hf, "attention_bias", False)
     sparse = _sparse_layers(hf)
-    if True in sparse:
-        count, top_k = expert_counts(hf, 128)
-        shares = "chosen" if flag(hf, "norm_topk_prob", False) else "all"
-        own = {"experts": ExpertsConfig(experts=count, top_k=top_k, shares=shares)}
-        own |= {"expert_size": whole(hf, "moe_intermediate_size"), "sparse": sparse}
-    else:
-        own = {}
     return build_config(
         hf,
         windows=uniform_windows(hf, window),
         attention_bias=bias,
         output_bias=bias,
         qk_norm="head",
-        **own,
+        experts=_experts(hf) if True in sparse else None,
+        expert_size=whole(hf, "moe_intermediate_size"),
+        sparse=sparse,
     )
+
+
+def _experts(hf: dict) -> ExpertsConfig:
+    """The mixture of experts. Without `norm_topk_prob` its weights do not sum to 1."""
+    count, top_k = expert_counts(hf, 128)
+    shares = "chosen" if flag(hf, "norm_topk_prob", False) else "all"
+    return ExpertsConfig(experts=count, top_k=top_k, shares=shares)
 
 
 def _sparse_layers(hf: dict) -> tuple[bool, ...]:
