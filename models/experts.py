@@ -177,10 +177,10 @@ class Experts(nnx.Module):
 
         def run_block(b, out):
             expert, start = groups.find(b)
-            x = tokens[jax.lax.dynamic_slice(groups.token, (start,), (groups.block,))]
+            x = tokens[jax.lax.dynamic_slice(groups.token, _at(start), (groups.block,))]
             y = self._expert(x.T, layer * self.config.experts + expert).T.astype(out.dtype)
             # Rows that a block writes past its expert's are garbage; the next one overwrites them.
-            return jax.lax.dynamic_update_slice(out, y, (start, 0))
+            return jax.lax.dynamic_update_slice(out, y, _at(start, 0))
 
         out = jnp.zeros((groups.token.size, tokens.shape[1]), tokens.dtype)
         return jax.lax.fori_loop(0, groups.blocks, run_block, out)
@@ -220,7 +220,7 @@ class Experts(nnx.Module):
                 _expert_rows(scales, index, start, tile),
                 x,
             )
-            return jax.lax.dynamic_update_slice(y, part, (start, 0))
+            return jax.lax.dynamic_update_slice(y, part, _at(start, 0))
 
         y = jnp.zeros((size, x.shape[1]), jnp.float32)
         return jax.lax.fori_loop(0, tiles, write_tile, y)
@@ -236,7 +236,7 @@ class Experts(nnx.Module):
         def add_tile(t, y):
             start = jnp.minimum(t * tile, x.shape[0] - tile)
             new = start + jnp.arange(tile) >= t * tile  # the last tile overlaps the one before
-            part = jax.lax.dynamic_slice(rows, (0, start), (rows.shape[0], tile))
+            part = jax.lax.dynamic_slice(rows, _at(0, start), (rows.shape[0], tile))
             part = jnp.where(new[None], part, 0)
             w = _expert_rows(weight, index, start, tile)
             return y + jnp.dot(part, w.astype(x.dtype), preferred_element_type=jnp.float32)
@@ -297,9 +297,14 @@ def group_by_expert(experts: jax.Array, count: int) -> Groups:
     )
 
 
+def _at(*places: int | jax.Array) -> tuple[jax.Array, ...]:
+    """Places of a slice, of one type: loops count in 64 bits where JAX has them enabled."""
+    return tuple(jnp.asarray(place, jnp.int32) for place in places)
+
+
 def _expert_rows(weight: jax.Array, index: jax.Array, start: jax.Array, size: int) -> jax.Array:
     """`weight[index, start : start + size]`."""
-    places = (index, start) + (0,) * (weight.ndim - 2)
+    places = _at(index, start, *(0,) * (weight.ndim - 2))
     return jax.lax.dynamic_slice(weight, places, (1, size, *weight.shape[2:]))[0]
 
 

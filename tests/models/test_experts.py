@@ -197,3 +197,14 @@ def test_sizes_that_cannot_be_are_refused():
         make(SIX)(tokens_for(1, 1, 64), 1)
     with pytest.raises(ValueError, match="layer=None must be given for stacked"):
         make(SIX, stack=(2,))(tokens_for(1, 1, 64))
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_jax_with_64_bits_gives_the_same(packed):
+    """Loops then count in 64 bits, and places of slices must be of one type."""
+    module, x = make(dataclasses.replace(SIX, packed=packed)), tokens_for(1, 5, 64)
+    expected = module(x)
+    with jax.enable_x64(True):
+        out = module(x)
+    assert out.dtype == jnp.float32
+    np.testing.assert_allclose(out, expected, atol=1e-6)
