@@ -23,6 +23,7 @@ SLOW = {
     ("qwen3_moe", "one_expert"),
     ("qwen3_moe", "no_window"),
     ("mixtral", "no_window"),
+    ("mixtral", "three_experts"),
     ("smollm3", "every_third"),
     ("smollm3", "every_fourth"),
     ("smollm3", "layer_types"),
