@@ -11,6 +11,8 @@ from models.experts import ExpertsConfig
 from models.rope import Rope
 
 Activation = Literal["silu", "gelu_tanh"]
+QkNorm = Literal["head", "channels"]
+NormPlaces = Literal["before", "after", "both"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -19,12 +21,14 @@ class DecoderConfig:
 
     Attributes:
       architecture: `model_type` of the config.json.
-      intermediate_size: inner size of the MLP, or of each expert.
+      intermediate_size: inner size of the MLP.
       windows: one entry per layer: the number of tokens that a query sees, itself included, or
         None for all.
       rope: rotation of queries and keys.
       norm_eps: added to the mean square in the RMS norms.
       local_rope: rotation in the layers that have a window, if it differs from `rope` (Gemma 3).
+      rotated: one entry per layer: False where queries and keys are not rotated, so that attention
+        does not see positions (SmolLM3); None if all layers are rotated.
       attention_scale: factor of attention scores; None for `head_dim ** -0.5`.
       attention_soft_cap: bound on attention scores, `cap * tanh(score / cap)` (Gemma 2); None for
         no bound.
@@ -35,10 +39,14 @@ class DecoderConfig:
       output_bias: the attention's output projection has a bias.
       activation: activation function of the MLP's gate.
       mlp_bias: the MLP's projections have biases.
-      experts: description of the mixture of experts that takes the MLP's place (gpt-oss); None
-        for an MLP.
-      qk_norm: each query and key head passes an RMS norm before its rotation (Qwen3, Gemma 3).
-      sandwich_norms: there are norms after attention and MLP, too, not only before (Gemma 2, 3).
+      experts: description of the mixture of experts that takes the MLP's place; None for an MLP.
+      expert_size: inner size of each expert; None for `intermediate_size`.
+      sparse: one entry per layer: True where the mixture takes the MLP's place; None for all layers
+        if there are experts.
+      qk_norm: queries and keys pass an RMS norm before their rotation: "head", each head on its own
+        (Qwen3, Gemma 3), or "channels", the channels of all heads together (OLMo 2); None for none.
+      norm_places: where attention and MLP have norms: "before" (on their inputs), "after" (on what
+        they add to the residual stream, OLMo 2), or "both" (Gemma 2, 3).
       unit_offset_norms: norms multiply by `1 + weight`, not `weight` (Gemma).
       scale_embeddings: embeddings are multiplied by `sqrt(hidden_size)` (Gemma).
       tie_embeddings: the output matrix is the embedding.
@@ -57,6 +65,7 @@ class DecoderConfig:
     rope: Rope
     norm_eps: float
     local_rope: Rope | None = None
+    rotated: tuple[bool, ...] | None = None
     attention_scale: float | None = None
     attention_soft_cap: float | None = None
     logits_soft_cap: float | None = None
@@ -66,8 +75,10 @@ class DecoderConfig:
     activation: Activation = "silu"
     mlp_bias: bool = False
     experts: ExpertsConfig | None = None
-    qk_norm: bool = False
-    sandwich_norms: bool = False
+    expert_size: int | None = None
+    sparse: tuple[bool, ...] | None = None
+    qk_norm: QkNorm | None = None
+    norm_places: NormPlaces = "before"
     unit_offset_norms: bool = False
     scale_embeddings: bool = False
     tie_embeddings: bool = False
@@ -86,18 +97,28 @@ class DecoderConfig:
 
     @property
     def ropes(self) -> tuple[Rope, ...]:
-        """Each layer's rotation."""
-        local = self.local_rope or self.rope
-        return tuple(self.rope if window is None else local for window in self.windows)
+        """Each layer's rotation; that of layers that are not rotated turns by angle 0."""
+        local, still = self.local_rope or self.rope, Rope(frequencies=(0.0,) * (self.head_dim // 2))
+        rotated = self.rotated or (True,) * self.layers
+        return tuple(
+            still if not turns else self.rope if window is None else local
+            for turns, window in zip(rotated, self.windows, strict=True)
+        )
+
+    @property
+    def sparse_layers(self) -> tuple[bool, ...]:
+        """For each layer, whether a mixture of experts takes the MLP's place."""
+        return self.sparse or (self.experts is not None,) * self.layers
 
     @property
     def period(self) -> int:
-        """Number of layers after which the pattern of windows repeats.
+        """Number of layers after which the pattern of layers repeats.
 
-        The last repeat may be cut short. Layers differ in nothing but the window and what depends
-        on it, the rotation.
+        The last repeat may be cut short. Layers differ in nothing but the window, the rotation, and
+        whether they have an MLP or experts.
         """
-        repeats = lambda n: self.windows[n:] == self.windows[:-n]
+        kinds = list(zip(self.windows, self.ropes, self.sparse_layers, strict=True))
+        repeats = lambda n: kinds[n:] == kinds[:-n]
         return next((n for n in range(1, self.layers) if repeats(n)), self.layers)
 
     def layer_specs(self, keep: Keep = Keep()) -> tuple[LayerSpec, ...]:

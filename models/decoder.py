@@ -42,10 +42,11 @@ class Decoder(nnx.Module):
         self.embedding = nnx.Param(jax.random.normal(rngs.params(), table, dtype))
         stacked = range(config.period if scan else 0)
         single = range(self.repeats * config.period, config.layers)
-        self.pattern = nnx.List(
-            [Block(config, rngs, stack=(self.repeats,), dtype=dtype) for _ in stacked]
+        block = lambda number, stack: Block(
+            config, rngs, stack=stack, dtype=dtype, sparse=config.sparse_layers[number]
         )
-        self.layers = nnx.List([Block(config, rngs, dtype=dtype) for _ in single])
+        self.pattern = nnx.List([block(number, (self.repeats,)) for number in stacked])
+        self.layers = nnx.List([block(number, ()) for number in single])
         self.norm = make_norm(config, config.hidden_size, stack=(), dtype=dtype)
         self.head = (
             None

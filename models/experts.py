@@ -1,4 +1,4 @@
-"""The mixture of experts of gpt-oss: a router, and experts.
+"""A mixture of experts: a router, and experts.
 
 Experts that no token was sent to are not read. Tokens are grouped by expert, so that a weight is
 read once for a block of tokens. Weights may stay packed as MXFP4 in memory.
@@ -6,6 +6,7 @@ read once for a block of tokens. Weights may stay packed as MXFP4 in memory.
 
 import dataclasses
 import math
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -31,16 +32,23 @@ class ExpertsConfig:
     Attributes:
       experts: number of experts.
       top_k: number of experts that a token is sent to.
-      alpha: slope of the sigmoid in the activation.
-      limit: bound on gate and up before the activation.
+      alpha: slope of the sigmoid in the activation; 1 is SiLU.
+      limit: bound on gate and up before the activation; None for no bound.
+      up_offset: added to up before it is multiplied.
+      biases: router and experts have biases.
+      shares: what weighs the outputs of a token's experts: "chosen", the softmax of their logits,
+        which sums to 1, or "all", their parts of the softmax over all experts' logits.
       packed: weights are MXFP4 blocks in memory and are dequantized when they are used.
     """
 
     experts: int
     top_k: int
-    alpha: float
-    limit: float
-    packed: bool
+    alpha: float = 1.0
+    limit: float | None = None
+    up_offset: float = 0.0
+    biases: bool = False
+    shares: Literal["chosen", "all"] = "chosen"
+    packed: bool = False
 
     def __post_init__(self):
         if not 1 <= self.top_k <= self.experts:
@@ -56,15 +64,15 @@ class ExpertParam(nnx.Param):
 
 
 class Experts(nnx.Module):
-    """Router and experts of gpt-oss (arXiv:2508.10925).
+    """Router and experts of Mixtral (arXiv:2401.04088), Qwen3 and gpt-oss (arXiv:2508.10925).
 
-    A token goes to the `top_k` experts with the largest router logits. The softmax of these logits
-    weighs the experts' outputs, `down(gate * sigmoid(alpha * gate) * (up + 1))`, with `gate`
-    clipped to at most `limit` and `up` to `-limit` .. `limit`. Router logits are float32.
+    A token goes to the `top_k` experts with the largest router logits. A softmax of the logits
+    weighs the experts' outputs, `down(gate * sigmoid(alpha * gate) * (up + up_offset))`, with
+    `gate` clipped to at most `limit` and `up` to `-limit` .. `limit`. Router logits are float32.
 
-    All parameters have the leading axes `stack`. Experts keep the published layout, in which gate
-    and up are interleaved: even columns are gate, odd ones up.
-      router: `[hidden, experts]` (published transposed), `router_bias`: `[experts]`;
+    All parameters have the leading axes `stack`. Gate and up are interleaved, as gpt-oss publishes
+    them: even columns are gate, odd ones up. Biases are None where the config has none.
+      router: `[hidden, experts]`, `router_bias`: `[experts]`;
       gate_up_bias: `[experts, 2 * inner]`, `down_bias`: `[experts, hidden]`;
       not packed: `gate_up`: `[experts, hidden, 2 * inner]`, `down`: `[experts, inner, hidden]`;
       packed: `gate_up_blocks`: `u8[experts, 2 * inner, hidden / 32, 16]`, `gate_up_scales`:
@@ -76,7 +84,7 @@ class Experts(nnx.Module):
 
         graph, experts, others = nnx.split(blocks, ExpertParam, ...)
         # in the body, with others_i the slice of the others for layer i:
-        nnx.merge(graph, experts, others_i).mlp(x, i)
+        nnx.merge(graph, experts, others_i).experts(x, i)
 
     Args:
       config: sizes and activation.
@@ -122,9 +130,10 @@ class Experts(nnx.Module):
             return ExpertParam(jnp.full(shape, exponent, jnp.uint8))
 
         self.router = normal(*stack, hidden, config.experts, fan_in=hidden)
-        self.router_bias = ExpertParam(jnp.zeros(each, dtype))
-        self.gate_up_bias = ExpertParam(jnp.zeros((*each, 2 * inner), dtype))
-        self.down_bias = ExpertParam(jnp.zeros((*each, hidden), dtype))
+        zeros = lambda *shape: ExpertParam(jnp.zeros(shape, dtype)) if config.biases else None
+        self.router_bias = zeros(*each)
+        self.gate_up_bias = zeros(*each, 2 * inner)
+        self.down_bias = zeros(*each, hidden)
         if config.packed:
             into, out_of = hidden // mxfp4.BLOCK, inner // mxfp4.BLOCK
             self.gate_up_blocks = random_bytes(*each, 2 * inner, into, mxfp4.BLOCK_BYTES)
@@ -154,20 +163,24 @@ class Experts(nnx.Module):
 
     def _route(self, tokens: jax.Array, layer: Layer) -> tuple[jax.Array, jax.Array]:
         """Each token's experts, `i32[tokens, top_k]`, and their weights, `f32[tokens, top_k]`."""
-        router, bias = self._layer(self.router, layer), self._layer(self.router_bias, layer)
-        router, bias, tokens = (v.astype(jnp.float32) for v in (router, bias, tokens))
-        logits, experts = jax.lax.top_k(tokens @ router + bias[None], self.config.top_k)
-        return experts, jax.nn.softmax(logits, axis=-1)
+        part = lambda parameter: self._layer(parameter, layer).astype(jnp.float32)
+        logits = tokens.astype(jnp.float32) @ part(self.router)
+        if self.router_bias is not None:
+            logits = logits + part(self.router_bias)[None]
+        chosen, experts = jax.lax.top_k(logits, self.config.top_k)
+        if self.config.shares == "chosen":
+            return experts, jax.nn.softmax(chosen, axis=-1)
+        return experts, jnp.exp(chosen - jax.nn.logsumexp(logits, axis=-1, keepdims=True))
 
     def _run(self, tokens: jax.Array, groups: "Groups", layer: Layer) -> jax.Array:
         """Outputs of token-expert pairs in grouped order, `[pairs + block - 1, hidden]`."""
 
         def run_block(b, out):
             expert, start = groups.find(b)
-            x = tokens[jax.lax.dynamic_slice(groups.token, (start,), (groups.block,))]
+            x = tokens[jax.lax.dynamic_slice(groups.token, _at(start), (groups.block,))]
             y = self._expert(x.T, layer * self.config.experts + expert).T.astype(out.dtype)
             # Rows that a block writes past its expert's are garbage; the next one overwrites them.
-            return jax.lax.dynamic_update_slice(out, y, (start, 0))
+            return jax.lax.dynamic_update_slice(out, y, _at(start, 0))
 
         out = jnp.zeros((groups.token.size, tokens.shape[1]), tokens.dtype)
         return jax.lax.fori_loop(0, groups.blocks, run_block, out)
@@ -175,26 +188,30 @@ class Experts(nnx.Module):
     def _expert(self, x: jax.Array, index: jax.Array) -> jax.Array:
         """Applies one expert to a block of tokens, `[hidden, block]`."""
         y = self._project("gate_up", x, index)
-        gate = jnp.minimum(y[0::2], self.config.limit)
-        up = jnp.clip(y[1::2], -self.config.limit, self.config.limit)
-        y = gate * jax.nn.sigmoid(self.config.alpha * gate) * (up + 1)
+        gate, up, limit = y[0::2], y[1::2], self.config.limit
+        if limit is not None:
+            gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
+        y = gate * jax.nn.sigmoid(self.config.alpha * gate) * (up + self.config.up_offset)
         return self._project("down", y.astype(x.dtype), index)
 
     def _project(self, name: str, x: jax.Array, index: jax.Array) -> jax.Array:
         """`weight.T @ x + bias` of one expert, `[in, block]` to `f32[out, block]`."""
-        bias = self._flat(name + "_bias")[index].astype(jnp.float32)[:, None]
         if current_platform() == "cpu":
             x = x.astype(jnp.float32)  # products of bfloat16 are slower, or missing
         multiply = self._multiply_packed if self.config.packed else self._multiply_plain
-        return multiply(name, x, index, bias.size) + bias
+        y = multiply(name, x, index)
+        if not self.config.biases:
+            return y
+        return y + self._flat(name + "_bias")[index].astype(jnp.float32)[:, None]
 
-    def _multiply_packed(self, name: str, x: jax.Array, index: jax.Array, size: int) -> jax.Array:
-        """The product with a packed weight, `f32[size, block]`.
+    def _multiply_packed(self, name: str, x: jax.Array, index: jax.Array) -> jax.Array:
+        """The product with a packed weight, `f32[out, block]`.
 
         It goes by tiles of outputs, because they are the rows of the packed layout.
         """
-        tile, tiles = _tiles(size)
         blocks, scales = self._flat(name + "_blocks"), self._flat(name + "_scales")
+        size = scales.shape[1]
+        tile, tiles = _tiles(size)
 
         def write_tile(t, y):
             start = jnp.minimum(t * tile, size - tile)  # the last tile overlaps the one before
@@ -203,13 +220,13 @@ class Experts(nnx.Module):
                 _expert_rows(scales, index, start, tile),
                 x,
             )
-            return jax.lax.dynamic_update_slice(y, part, (start, 0))
+            return jax.lax.dynamic_update_slice(y, part, _at(start, 0))
 
         y = jnp.zeros((size, x.shape[1]), jnp.float32)
         return jax.lax.fori_loop(0, tiles, write_tile, y)
 
-    def _multiply_plain(self, name: str, x: jax.Array, index: jax.Array, size: int) -> jax.Array:
-        """The product with a plain weight, `f32[size, block]`.
+    def _multiply_plain(self, name: str, x: jax.Array, index: jax.Array) -> jax.Array:
+        """The product with a plain weight, `f32[out, block]`.
 
         It goes by tiles of inputs, because they are the rows of the plain layout.
         """
@@ -219,12 +236,12 @@ class Experts(nnx.Module):
         def add_tile(t, y):
             start = jnp.minimum(t * tile, x.shape[0] - tile)
             new = start + jnp.arange(tile) >= t * tile  # the last tile overlaps the one before
-            part = jax.lax.dynamic_slice(rows, (0, start), (rows.shape[0], tile))
+            part = jax.lax.dynamic_slice(rows, _at(0, start), (rows.shape[0], tile))
             part = jnp.where(new[None], part, 0)
             w = _expert_rows(weight, index, start, tile)
             return y + jnp.dot(part, w.astype(x.dtype), preferred_element_type=jnp.float32)
 
-        y = jnp.zeros((x.shape[1], size), jnp.float32)
+        y = jnp.zeros((x.shape[1], weight.shape[-1]), jnp.float32)
         return jax.lax.fori_loop(0, tiles, add_tile, y).T
 
     def _layer(self, parameter: nnx.Param, layer: Layer) -> jax.Array:
@@ -280,9 +297,14 @@ def group_by_expert(experts: jax.Array, count: int) -> Groups:
     )
 
 
+def _at(*places: int | jax.Array) -> tuple[jax.Array, ...]:
+    """Places of a slice, of one type: loops count in 64 bits where JAX has them enabled."""
+    return tuple(jnp.asarray(place, jnp.int32) for place in places)
+
+
 def _expert_rows(weight: jax.Array, index: jax.Array, start: jax.Array, size: int) -> jax.Array:
     """`weight[index, start : start + size]`."""
-    places = (index, start) + (0,) * (weight.ndim - 2)
+    places = _at(index, start, *(0,) * (weight.ndim - 2))
     return jax.lax.dynamic_slice(weight, places, (1, size, *weight.shape[2:]))[0]
 
 

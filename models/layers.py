@@ -72,6 +72,12 @@ def make_norm(config: DecoderConfig, size: int, *, stack: Stack, dtype) -> RMSNo
     return RMSNorm(size, config.norm_eps, stack=stack, dtype=dtype, unit_offset=offset)
 
 
+def norm_heads(norm: RMSNorm, x: jax.Array) -> jax.Array:
+    """Normalises `[batch, tokens, heads, head_dim]`, in runs of as many channels as `norm` has."""
+    size = norm.weight[...].shape[-1]
+    return norm(x.reshape(*x.shape[:2], -1, size)).reshape(x.shape)
+
+
 class Attention(nnx.Module):
     """Grouped-query attention (arXiv:2305.13245) over a `KVCache`.
 
@@ -86,9 +92,12 @@ class Attention(nnx.Module):
         out = (*stack, config.q_heads * config.head_dim, config.hidden_size)
         self.out = _weight(rngs, out, dtype, out[-2])
         self.out_bias = _bias(config.output_bias, (*stack, config.hidden_size), dtype)
-        norm = lambda: make_norm(config, config.head_dim, stack=stack, dtype=dtype)
-        self.q_norm = norm() if config.qk_norm else None
-        self.k_norm = norm() if config.qk_norm else None
+        together = config.qk_norm == "channels"  # heads that a norm takes together, else one
+        norm = lambda heads: make_norm(
+            config, config.head_dim * (heads if together else 1), stack=stack, dtype=dtype
+        )
+        self.q_norm = norm(config.q_heads) if config.qk_norm else None
+        self.k_norm = norm(config.kv_heads) if config.qk_norm else None
         sinks = config.attention_sinks
         self.sinks = _bias(sinks, (*stack, config.q_heads), dtype)  # learned sink logits
         self.group = config.group
@@ -120,7 +129,7 @@ class Attention(nnx.Module):
         q = qkv[:, :, :, : self.group].reshape(batch, tokens, -1, head_dim)
         k, v = qkv[:, :, :, self.group], qkv[:, :, :, self.group + 1]
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+            q, k = norm_heads(self.q_norm, q), norm_heads(self.k_norm, k)
         cache, out = cache.attend(
             layer,
             rotate(q, angles),
@@ -159,16 +168,23 @@ class GatedMLP(nnx.Module):
 
 
 class Block(nnx.Module):
-    """One pre-norm transformer layer; `sandwich_norms` adds norms after attention and MLP."""
+    """One transformer layer, with norms before or after attention and MLP, or both.
 
-    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs, *, stack: Stack = (), dtype):
+    `sparse` says that a mixture of experts takes the MLP's place: `mlp` or `experts` is None.
+    """
+
+    def __init__(
+        self, config: DecoderConfig, rngs: nnx.Rngs, *, stack: Stack = (), dtype, sparse: bool
+    ):
         norm = lambda: make_norm(config, config.hidden_size, stack=stack, dtype=dtype)
-        self.attention_norm = norm()
+        before, after = config.norm_places != "after", config.norm_places != "before"
+        self.attention_norm = norm() if before else None
         self.attention = Attention(config, rngs, stack=stack, dtype=dtype)
-        self.attention_out_norm = norm() if config.sandwich_norms else None
-        self.mlp_norm = norm()
-        self.mlp = make_mlp(config, rngs, stack=stack, dtype=dtype)
-        self.mlp_out_norm = norm() if config.sandwich_norms else None
+        self.attention_out_norm = norm() if after else None
+        self.mlp_norm = norm() if before else None
+        self.mlp = None if sparse else GatedMLP(config, rngs, stack=stack, dtype=dtype)
+        self.experts = make_experts(config, rngs, stack=stack, dtype=dtype) if sparse else None
+        self.mlp_out_norm = norm() if after else None
 
     def __call__(
         self,
@@ -187,17 +203,24 @@ class Block(nnx.Module):
         among stacked experts; None if experts are not stacked.
         """
         y, cache = self.attention(
-            self.attention_norm(x), cache, layer, angles, sink_angles, backend
+            normed(self.attention_norm, x), cache, layer, angles, sink_angles, backend
         )
-        x = x + (y if self.attention_out_norm is None else self.attention_out_norm(y))
-        y = self.mlp_norm(x)
-        y = self.mlp(y, place) if isinstance(self.mlp, Experts) else self.mlp(y)
-        return x + (y if self.mlp_out_norm is None else self.mlp_out_norm(y)), cache
+        x = x + normed(self.attention_out_norm, y)
+        y = normed(self.mlp_norm, x)
+        if self.mlp is not None:
+            y = self.mlp(y)
+        elif self.experts is not None:
+            y = self.experts(y, place)
+        return x + normed(self.mlp_out_norm, y), cache
 
 
-def make_mlp(config: DecoderConfig, rngs: nnx.Rngs, *, stack: Stack, dtype) -> "GatedMLP | Experts":
-    """The second half of a block: an MLP or a mixture of experts."""
-    if config.experts is None:
-        return GatedMLP(config, rngs, stack=stack, dtype=dtype)
-    hidden, inner = config.hidden_size, config.intermediate_size
-    return Experts(config.experts, hidden, inner, rngs, stack=stack, dtype=dtype)
+def normed(norm: RMSNorm | None, x: jax.Array) -> jax.Array:
+    """`norm(x)`, or `x` where the architecture has no norm."""
+    return x if norm is None else norm(x)
+
+
+def make_experts(config: DecoderConfig, rngs: nnx.Rngs, *, stack: Stack, dtype) -> Experts:
+    """The mixture of experts of a block."""
+    assert config.experts is not None
+    inner = config.expert_size or config.intermediate_size
+    return Experts(config.experts, config.hidden_size, inner, rngs, stack=stack, dtype=dtype)

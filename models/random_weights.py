@@ -8,6 +8,7 @@ from flax import nnx
 
 from models.config import DecoderConfig
 from models.decoder import Decoder
+from models.families.architectures import architecture_config
 from models.platform_defaults import dtype_or_default, scan_or_default
 from models.rope import make_rope
 
@@ -27,10 +28,33 @@ def _llama(layers, hidden, inner, q_heads, kv_heads, head_dim, vocab) -> Decoder
     )
 
 
+def _of_defaults(model_type, **keys) -> DecoderConfig:
+    """The shape of a config.json that gives `keys` alone."""
+    return architecture_config({"model_type": model_type, **keys})
+
+
 SHAPES = {
     "llama3-8b": _llama(32, 4096, 14336, 32, 8, 128, 128_256),
     "llama3-1b": _llama(16, 2048, 8192, 32, 8, 64, 128_256),
     "tiny": _llama(3, 96, 128, 6, 2, 64, 300),
+    "qwen2.5-7b": _of_defaults(
+        "qwen2",
+        vocab_size=152_064,
+        hidden_size=3584,
+        intermediate_size=18_944,
+        num_hidden_layers=28,
+        num_attention_heads=28,
+        num_key_value_heads=4,
+        rope_theta=1e6,
+    ),
+    "qwen3-30b-a3b": _of_defaults(
+        "qwen3_moe", num_hidden_layers=48, head_dim=128, norm_topk_prob=True, rope_theta=1e6
+    ),
+    "mixtral-8x7b": _of_defaults("mixtral", max_position_embeddings=32_768),
+    "smollm3-3b": _of_defaults("smollm3", max_position_embeddings=65_536, rope_theta=5e6),
+    "olmo2-7b": _of_defaults(
+        "olmo2", vocab_size=100_352, max_position_embeddings=4096, rope_theta=5e5
+    ),
 }
 
 
@@ -38,7 +62,8 @@ def random_model(shape: str, *, dtype: str | None = None, scan: bool | None = No
     """Makes a model of random weights, for measuring speed without a checkpoint.
 
     Args:
-      shape: "llama3-8b", "llama3-1b" or "tiny".
+      shape: a key of `SHAPES`: "llama3-8b", "llama3-1b", "tiny", "qwen2.5-7b", "qwen3-30b-a3b",
+        "mixtral-8x7b", "smollm3-3b" or "olmo2-7b".
       dtype: as in `models.load`.
       scan: as in `models.load`.
 

@@ -9,14 +9,15 @@ import numpy as np
 from flax import nnx
 
 from models.checkpoints.checkpoint import Checkpoint
+from models.checkpoints.recipe import Recipe
 from models.checkpoints.tensor_names import (
     ParameterPath,
-    Recipe,
     check_names,
-    find_prefix,
+    find_naming,
     recipe_table,
     tensor_names,
 )
+from models.checkpoints.tied_head import as_stored
 from models.decoder import Decoder
 from models.errors import CheckpointError
 from models.families.architectures import architecture_config
@@ -42,7 +43,9 @@ def load_decoder(
         wrong shape or type. The message names it.
     """
     config = architecture_config(checkpoint.config)
-    recipes = recipe_table(config, find_prefix(checkpoint))
+    naming = find_naming(checkpoint, config)
+    config = as_stored(config, checkpoint, naming)
+    recipes = recipe_table(config, naming)
     check_names(checkpoint, recipes, config.layers)
     model = nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(0), scan=scan, dtype=dtype))
     graph, state = nnx.split(model)

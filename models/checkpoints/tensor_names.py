@@ -5,16 +5,22 @@ alone, so one table serves every architecture.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 
 from models.checkpoints.checkpoint import Checkpoint
+from models.checkpoints.expert_names import (
+    FUSED,
+    ExpertNames,
+    expert_recipes,
+    find_expert_names,
+    gpt_oss_recipes,
+)
+from models.checkpoints.recipe import Recipe, linear, one, transposed
 from models.config import DecoderConfig
 from models.errors import CheckpointError
-from models.experts import ExpertsConfig
 from models.families.gemma import IMAGE_TENSORS
-from models.mxfp4 import BLOCK, BLOCK_BYTES
 
 ParameterPath = tuple[str, ...]  # inside a block, ("attention", "out"), or the model, ("head",)
 
@@ -23,38 +29,47 @@ ParameterPath = tuple[str, ...]  # inside a block, ("attention", "out"), or the 
 SKIPPED = {"gemma3": IMAGE_TENSORS}
 DERIVED = "rotary_emb.inv_freq"
 
-TRANSPOSE_ROWS = 64  # a block of 64 rows, and the columns it becomes, fit in a core's cache
-
 
 @dataclasses.dataclass(frozen=True)
-class Recipe:
-    """How one parameter of a block, or of the model, is made from tensors of the checkpoint."""
+class Naming:
+    """How a checkpoint names its language model's tensors."""
 
-    sources: dict[str, tuple[int, ...]]  # names and shapes in the checkpoint
-    build: Callable[..., np.ndarray]  # takes the sources' values, returns the parameter's
-
-
-@dataclasses.dataclass(frozen=True)
-class Prefix:
-    """The start of the names of a checkpoint's language model, and the name of its head."""
-
-    model: str = "model."
+    model: str = "model."  # start of the names, but for the head's
     head: str = "lm_head.weight"
+    experts: ExpertNames = FUSED  # of a mixture of experts, inside a layer
+    head_alone: bool = False  # files of tied models may store the matrix under the head's name
+
+    @property
+    def embedding(self) -> str:
+        """Name of the embedding."""
+        return self.head if self.head_alone else self.model + "embed_tokens.weight"
+
+    @property
+    def layer(self) -> str:
+        """Start of the names of a layer's tensors, with `{layer}` for its number."""
+        return self.model + "layers.{layer}."
 
 
 # The first is that of text models. Multimodal checkpoints, in which the language model stands
 # beside an image encoder, use one of the others.
-PREFIXES = (
-    Prefix(),
-    Prefix("language_model.model.", "language_model.lm_head.weight"),
-    Prefix("model.language_model.", "lm_head.weight"),
+NAMINGS = (
+    Naming(),
+    Naming("language_model.model.", "language_model.lm_head.weight"),
+    Naming("model.language_model.", "lm_head.weight"),
 )
 
 
-def find_prefix(checkpoint: Checkpoint) -> Prefix:
-    """The prefix under which this checkpoint has its embedding; that of text models if none has."""
-    embedding = lambda prefix: prefix.model + "embed_tokens.weight"
-    return next((p for p in PREFIXES if embedding(p) in checkpoint.tensors), PREFIXES[0])
+def find_naming(checkpoint: Checkpoint, config: DecoderConfig) -> Naming:
+    """The naming under which this checkpoint has its tensors; the published one if none fits."""
+    final = lambda naming: naming.model + "norm.weight"
+    naming = next((n for n in NAMINGS if final(n) in checkpoint.tensors), NAMINGS[0])
+    if config.tie_embeddings and naming.embedding not in checkpoint.tensors:
+        naming = dataclasses.replace(naming, head_alone=naming.head in checkpoint.tensors)
+    if True not in config.sparse_layers:
+        return naming
+    layer = naming.layer.format(layer=config.sparse_layers.index(True))
+    experts = find_expert_names(config.architecture, layer, checkpoint.tensors)
+    return dataclasses.replace(naming, experts=experts)
 
 
 def tensor_names(
@@ -63,7 +78,8 @@ def tensor_names(
     """Every tensor that the recipes read, with its shape."""
     for recipe in recipes.values():
         for name, shape in recipe.sources.items():
-            for layer in range(layers) if "{layer}" in name else (0,):
+            own = range(layers) if recipe.layers is None else recipe.layers
+            for layer in own if "{layer}" in name else (0,):
                 yield name.format(layer=layer), shape
 
 
@@ -81,20 +97,18 @@ def check_names(checkpoint: Checkpoint, recipes: dict[ParameterPath, Recipe], la
         if found != shape:
             raise CheckpointError(f"{checkpoint.path}: {name!r} is {found} and must be {shape}.")
     # Some checkpoints with a tied head store it a second time.
-    spare = set() if ("head",) in recipes else {prefix.head for prefix in PREFIXES}
+    spare = set() if ("head",) in recipes else {naming.head for naming in NAMINGS}
     skipped = SKIPPED.get(checkpoint.config["model_type"], ())
     for name in checkpoint.tensors.keys() - expected.keys() - spare:
         if not name.startswith(skipped) and not name.endswith(DERIVED):
             raise CheckpointError(f"{checkpoint.path}: tensor {name!r} belongs to no parameter.")
 
 
-def recipe_table(
-    config: DecoderConfig, prefix: Prefix = PREFIXES[0]
-) -> dict[ParameterPath, Recipe]:
+def recipe_table(config: DecoderConfig, naming: Naming = NAMINGS[0]) -> dict[ParameterPath, Recipe]:
     """Every parameter's recipe. Names of a block's tensors have `{layer}` for the layer number."""
-    hidden, inner, dim = config.hidden_size, config.intermediate_size, config.head_dim
-    layer = prefix.model + "layers.{layer}."
-    attention, mlp = layer + "self_attn.", layer + "mlp."
+    hidden, dim = config.hidden_size, config.head_dim
+    layer = naming.layer
+    attention = layer + "self_attn."
     heads = {"q": config.q_heads, "k": config.kv_heads, "v": config.kv_heads}
 
     def by_kv_head(q, k, v):  # [heads * dim, ...] each, to [kv_heads, group + 2, dim, ...]
@@ -102,8 +116,8 @@ def recipe_table(
         return np.concatenate([split(q), split(k), split(v)], axis=1)
 
     table = {
-        ("embedding",): one(prefix.model + "embed_tokens.weight", config.vocab_size, hidden),
-        ("norm", "weight"): one(prefix.model + "norm.weight", hidden),
+        ("embedding",): one(naming.embedding, config.vocab_size, hidden),
+        ("norm", "weight"): one(naming.model + "norm.weight", hidden),
         ("attention", "qkv"): Recipe(
             {attention + f"{x}_proj.weight": (n * dim, hidden) for x, n in heads.items()},
             lambda q, k, v: transposed(by_kv_head(q, k, v)),
@@ -113,7 +127,7 @@ def recipe_table(
     for path, name in norm_names(config).items():
         table[(path, "weight")] = one(layer + name + ".weight", hidden)
     if not config.tie_embeddings:
-        table[("head",)] = one(prefix.head, config.vocab_size, hidden)
+        table[("head",)] = one(naming.head, config.vocab_size, hidden)
     if config.attention_bias:
         table[("attention", "qkv_bias")] = Recipe(
             {attention + f"{x}_proj.bias": (n * dim,) for x, n in heads.items()}, by_kv_head
@@ -122,30 +136,48 @@ def recipe_table(
         table[("attention", "out_bias")] = one(attention + "o_proj.bias", hidden)
     if config.qk_norm:
         for x in "qk":
-            table[("attention", f"{x}_norm", "weight")] = one(attention + f"{x}_norm.weight", dim)
+            size = dim * (heads[x] if config.qk_norm == "channels" else 1)
+            table[("attention", f"{x}_norm", "weight")] = one(attention + f"{x}_norm.weight", size)
     if config.attention_sinks:
         table[("attention", "sinks")] = one(attention + "sinks", config.q_heads)
-    if config.experts is None:
-        parts = mlp_recipes(mlp, hidden, inner, biases=config.mlp_bias)
-    else:
-        parts = expert_recipes(mlp, config.experts, hidden, inner)
-    return table | {("mlp", name): recipe for name, recipe in parts.items()}
+    return table | second_half(config, naming)
+
+
+def second_half(config: DecoderConfig, naming: Naming) -> dict[ParameterPath, Recipe]:
+    """Recipes of the MLPs and of the mixtures of experts, each with the layers that have them."""
+    hidden, inner, layer = config.hidden_size, config.intermediate_size, naming.layer
+    sparse = config.sparse_layers
+    parts = {"mlp": mlp_recipes(layer + "mlp.", hidden, inner, biases=config.mlp_bias)}
+    if config.experts is not None:
+        inner = config.expert_size or inner
+        if config.architecture == "gpt_oss":
+            parts["experts"] = gpt_oss_recipes(layer, config.experts, hidden, inner)
+        else:
+            names = naming.experts
+            parts["experts"] = expert_recipes(layer, names, config.experts, hidden, inner)
+    table = {}
+    for part, recipes in parts.items():
+        own = tuple(n for n, experts in enumerate(sparse) if experts == (part == "experts"))
+        for name, recipe in recipes.items() if own else ():
+            table[(part, name)] = dataclasses.replace(recipe, layers=own)
+    return table
 
 
 def norm_names(config: DecoderConfig) -> dict[str, str]:
     """The checkpoint's names of a block's norms, by the names that `Block` gives them.
 
-    `post_attention_layernorm` is the norm before the MLP, except in Gemma, where it is applied to
-    the attention's output.
+    `post_attention_layernorm` is the norm before the MLP, except in families that have norms after
+    attention and MLP: there it is applied to the attention's output.
     """
-    if not config.sandwich_norms:
+    if config.norm_places == "before":
         return {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
-    return {
-        "attention_norm": "input_layernorm",
+    after = {
         "attention_out_norm": "post_attention_layernorm",
-        "mlp_norm": "pre_feedforward_layernorm",
         "mlp_out_norm": "post_feedforward_layernorm",
     }
+    if config.norm_places == "after":
+        return after
+    return after | {"attention_norm": "input_layernorm", "mlp_norm": "pre_feedforward_layernorm"}
 
 
 def mlp_recipes(name: str, hidden: int, inner: int, *, biases: bool) -> dict[str, Recipe]:
@@ -164,45 +196,3 @@ def mlp_recipes(name: str, hidden: int, inner: int, *, biases: bool) -> dict[str
         )
         table["down_bias"] = one(name + "down_proj.bias", hidden)
     return table
-
-
-def expert_recipes(name: str, config: ExpertsConfig, hidden: int, inner: int) -> dict[str, Recipe]:
-    """Recipes of the parameters of `Experts`, which keep the published layout of the experts."""
-    count, experts = config.experts, name + "experts."
-    table = {
-        "router": linear(name + "router.weight", count, hidden),
-        "router_bias": one(name + "router.bias", count),
-        "gate_up_bias": one(experts + "gate_up_proj_bias", count, 2 * inner),
-        "down_bias": one(experts + "down_proj_bias", count, hidden),
-    }
-    for part, rows, columns in (("gate_up", 2 * inner, hidden), ("down", hidden, inner)):
-        proj = experts + part + "_proj"
-        if config.packed:
-            blocks = (count, rows, columns // BLOCK)
-            table[part + "_blocks"] = one(proj + "_blocks", *blocks, BLOCK_BYTES)
-            table[part + "_scales"] = one(proj + "_scales", *blocks)
-        else:
-            table[part] = one(proj, count, columns, rows)
-    return table
-
-
-def one(name: str, *shape: int) -> Recipe:
-    """A parameter that is a tensor of the checkpoint, unchanged."""
-    return Recipe({name: shape}, lambda x: x)
-
-
-def linear(name: str, rows: int, columns: int) -> Recipe:
-    """A matrix that is `[out, in]` in the checkpoint and `[in, out]` in the model."""
-    return Recipe({name: (rows, columns)}, transposed)
-
-
-def transposed(x: np.ndarray) -> np.ndarray:
-    """Moves the last axis to the front, as a copy, block by block.
-
-    numpy's own copy of a transposed bfloat16 matrix runs at 0.2 GB/s, this one at 2 GB/s.
-    """
-    bits = np.ascontiguousarray(x).view(f"u{x.itemsize}").reshape(-1, x.shape[-1])
-    out = np.empty(bits.shape[::-1], bits.dtype)
-    for row in range(0, len(bits), TRANSPOSE_ROWS):
-        out[:, row : row + TRANSPOSE_ROWS] = bits[row : row + TRANSPOSE_ROWS].T
-    return out.view(x.dtype).reshape(x.shape[-1], *x.shape[:-1])

@@ -4,12 +4,28 @@ from collections.abc import Callable
 
 from models.config import DecoderConfig
 from models.errors import CheckpointError
-from models.families import gemma, gpt_oss, llama, mistral, qwen3
+from models.families import (
+    gemma,
+    gpt_oss,
+    llama,
+    mistral,
+    mixtral,
+    olmo2,
+    qwen2,
+    qwen3,
+    qwen3_moe,
+    smollm3,
+)
 
 ARCHITECTURES: dict[str, Callable[[dict], DecoderConfig]] = {
     "llama": llama.decoder_config,
     "mistral": mistral.decoder_config,
+    "mixtral": mixtral.decoder_config,
+    "qwen2": qwen2.decoder_config,
     "qwen3": qwen3.decoder_config,
+    "qwen3_moe": qwen3_moe.decoder_config,
+    "smollm3": smollm3.decoder_config,
+    "olmo2": olmo2.decoder_config,
     "gemma2": gemma.gemma2_config,
     "gemma3_text": gemma.gemma3_config,
     "gemma3": gemma.gemma3_multimodal_config,

@@ -56,7 +56,7 @@ def gemma2_config(hf: dict) -> DecoderConfig:
     hf = GEMMA2_DEFAULTS | hf
     types = layer_types(hf, every_nth_full(hf, 2))
     return _gemma(
-        hf, types, attention_soft_cap=number(hf, "attn_logit_softcapping", None), qk_norm=False
+        hf, types, attention_soft_cap=number(hf, "attn_logit_softcapping", None), qk_norm=None
     )
 
 
@@ -69,7 +69,7 @@ def gemma3_config(hf: dict) -> DecoderConfig:
     pattern = whole(hf, "sliding_window_pattern", whole(hf, "_sliding_window_pattern", 6))
     types = layer_types(hf, every_nth_full(hf, pattern))
     full, local = _ropes(hf)
-    return _gemma(hf, types, rope=full, local_rope=local, qk_norm=True)
+    return _gemma(hf, types, rope=full, local_rope=local, qk_norm="head")
 
 
 def gemma3_multimodal_config(hf: dict) -> DecoderConfig:
@@ -97,7 +97,7 @@ def _gemma(hf: dict, types: tuple[str, ...], **own) -> DecoderConfig:
         logits_soft_cap=number(hf, "final_logit_softcapping", None),
         attention_bias=bias,
         output_bias=bias,
-        sandwich_norms=True,
+        norm_places="both",
         unit_offset_norms=True,
         scale_embeddings=True,
         **own,

@@ -10,11 +10,11 @@ from models.experts import ExpertsConfig
 from models.families.hf_config import (
     build_config,
     every_nth_full,
+    expert_counts,
     layer_types,
     layer_windows,
     number,
     rope_parameters,
-    whole,
 )
 from models.mxfp4 import BLOCK
 
@@ -37,14 +37,14 @@ def decoder_config(hf: dict) -> DecoderConfig:
     bias = hf["attention_bias"]
     if not (hf.get("rope_parameters") or hf.get("rope_scaling")):
         hf = hf | {"rope_scaling": YARN}
-    count, top_k = whole(hf, "num_local_experts"), whole(hf, "num_experts_per_tok")
-    if top_k > count:
-        raise CheckpointError(f"num_experts_per_tok={top_k} must be at most {count}.")
+    count, top_k = expert_counts(hf)
     experts = ExpertsConfig(
         experts=count,
         top_k=top_k,
         alpha=number(hf, "swiglu_alpha", 1.702),
         limit=number(hf, "swiglu_limit", 7.0),
+        up_offset=1.0,
+        biases=True,
         packed=bool(hf.get("quantization_config")),
     )
     config = build_config(

@@ -3,7 +3,7 @@
 Here and in the architectures' files `hf` is the content of a config.json.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from models.config import Activation, DecoderConfig
 from models.errors import CheckpointError
@@ -106,6 +106,32 @@ def number(hf: dict, key: str, *default):
     return float(value)
 
 
+def flag(hf: dict, key: str, default: bool) -> bool:
+    """True or false; `default` if it is missing or null."""
+    value = hf.get(key)
+    if value is None:
+        return default
+    if not isinstance(value, bool):
+        raise CheckpointError(f"config.json: {key}={value!r} must be true or false.")
+    return value
+
+
+def expert_counts(hf: dict, *default: int) -> tuple[int, int]:
+    """Number of experts, and how many of them a token is sent to.
+
+    Files call the first `num_local_experts` or `num_experts`; `default` if they have neither.
+    """
+    names = ("num_local_experts", "num_experts")
+    given = {name: hf[name] for name in names if hf.get(name) is not None}
+    if len(set(map(str, given.values()))) > 1:
+        raise CheckpointError(f"config.json: {names[0]} and {names[1]} must agree, not {given}.")
+    count = whole(hf, next(iter(given), names[0]), *default)
+    top_k = whole(hf, "num_experts_per_tok")
+    if top_k > count:
+        raise CheckpointError(f"num_experts_per_tok={top_k} must be at most {count}.")
+    return count, top_k
+
+
 def rope_parameters(hf: dict, *, theta: float = DEFAULT_THETA) -> dict:
     """Parameters for `make_rope`, from the key `rope_parameters` or, in old files, `rope_scaling`.
 
@@ -152,6 +178,48 @@ def layer_windows(hf: dict, types: Sequence[str]) -> tuple[int | None, ...]:
     """Each layer's window: None in full layers; `sliding_window`, also None if null, in sliding."""
     window = whole(hf, "sliding_window", None)
     return tuple(window if kind == SLIDING else None for kind in types)
+
+
+def switched_windows(hf: dict, default: Callable[[dict], Sequence[str]]) -> tuple[int | None, ...]:
+    """Each layer's window in families whose files have the switch `use_sliding_window`.
+
+    `default(hf)` are the layers' kinds in files without `layer_types`. With the switch off, or with
+    `sliding_window` null, no layer has a window, and `layer_types` must agree with that.
+    """
+    window = whole(hf, "sliding_window", None)
+    if flag(hf, "use_sliding_window", False) and window is not None:
+        return layer_windows(hf, layer_types(hf, default(hf)))
+    if SLIDING in layer_types(hf, [FULL] * whole(hf, "num_hidden_layers")):
+        switch = hf.get("use_sliding_window", False)
+        raise CheckpointError(
+            f"config.json: layer_types has {SLIDING!r}, which needs use_sliding_window=True and a "
+            f"sliding_window; they are {switch} and {window}."
+        )
+    return (None,) * whole(hf, "num_hidden_layers")
+
+
+def uniform_windows(hf: dict, window: int | None) -> tuple[int | None, ...]:
+    """The window of families in which all layers have the same, or none.
+
+    transformers does not read `layer_types` in them, so a file that has it must agree.
+    """
+    layers, kind = whole(hf, "num_hidden_layers"), FULL if window is None else SLIDING
+    if set(layer_types(hf, [kind] * layers)) != {kind}:
+        raise CheckpointError(
+            f"config.json: layer_types must be {kind!r} in every layer of {hf['model_type']!r} "
+            f"with sliding_window={window}."
+        )
+    return (window,) * layers
+
+
+def last_layers_sliding(hf: dict) -> list[str]:
+    """The kind of each layer of a model whose first `max_window_layers` layers are full."""
+    layers, full = whole(hf, "num_hidden_layers"), hf.get("max_window_layers")
+    if isinstance(full, bool) or not isinstance(full, int) or full < 0:
+        raise CheckpointError(
+            f"config.json: max_window_layers={full!r} must be a whole number, at least 0."
+        )
+    return [SLIDING if layer >= full else FULL for layer in range(layers)]
 
 
 def as_ids(ids: int | list[int] | None) -> tuple[int, ...]:

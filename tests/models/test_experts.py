@@ -1,6 +1,7 @@
 """Experts are held to a plain float64 loop over tokens and their chosen experts."""
 
 import dataclasses
+from collections import defaultdict
 
 import jax
 import jax.numpy as jnp
@@ -12,15 +13,17 @@ from models.experts import Experts, ExpertsConfig
 from tests.helpers import AS_USERS
 
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
-SIX = ExpertsConfig(experts=6, top_k=3, alpha=1.702, limit=1.5, packed=True)
-FIVE = ExpertsConfig(experts=5, top_k=1, alpha=1.3, limit=0.7, packed=True)
+BIASES = ("router_bias", "gate_up_bias", "down_bias")
+OSS = {"up_offset": 1.0, "biases": True, "packed": True}
+SIX = ExpertsConfig(experts=6, top_k=3, alpha=1.702, limit=1.5, **OSS)
+FIVE = ExpertsConfig(experts=5, top_k=1, alpha=1.3, limit=0.7, **OSS)
 
 
 def make(config, *, hidden=64, inner=96, stack=(), dtype="float32", seed=0):
     """Experts with random weights, biases included."""
     module = Experts(config, hidden, inner, nnx.Rngs(seed), stack=stack, dtype=dtype)
     rng = np.random.default_rng(seed)
-    for name in ("router_bias", "gate_up_bias", "down_bias"):
+    for name in BIASES if config.biases else ():
         parameter = getattr(module, name)
         noise = rng.standard_normal(parameter.shape) * 0.5
         setattr(module, name, parameter.replace(jnp.asarray(noise, dtype)))
@@ -38,8 +41,10 @@ def layer_weights(module, layer=None):
         value = np.asarray(getattr(module, name)[...])
         return value if layer is None else value[layer]
 
-    plain_names = ("router", "router_bias", "gate_up_bias", "down_bias")
-    weights = {name: pick(name).astype(np.float64) for name in plain_names}
+    own = ("router", *BIASES) if module.config.biases else ("router",)
+    weights = {name: pick(name).astype(np.float64) for name in own}
+    if not module.config.biases:
+        weights |= {"router_bias": 0.0} | {name: defaultdict(float) for name in BIASES[1:]}
     for name in ("gate_up", "down"):
         if module.config.packed:
             blocks, scales = pick(name + "_blocks"), pick(name + "_scales")
@@ -53,19 +58,21 @@ def layer_weights(module, layer=None):
 
 
 def plain(config, weights, x):
-    """gpt-oss's mixture, token by token."""
+    """The mixture, token by token."""
     x = np.asarray(x, np.float64)
     out = np.zeros_like(x)
+    limit = np.inf if config.limit is None else config.limit
     for row, token in enumerate(x):
         logits = token @ weights["router"] + weights["router_bias"]
         chosen = np.argsort(-logits, kind="stable")[: config.top_k]
-        share = np.exp(logits[chosen] - logits[chosen].max())
-        for expert, p in zip(chosen, share / share.sum(), strict=True):
+        share = np.exp(logits - logits.max())
+        share /= share[chosen].sum() if config.shares == "chosen" else share.sum()
+        for expert in chosen:
             y = token @ weights["gate_up"][expert] + weights["gate_up_bias"][expert]
-            gate = np.minimum(y[0::2], config.limit)
-            up = np.clip(y[1::2], -config.limit, config.limit)
-            y = gate / (1 + np.exp(-config.alpha * gate)) * (up + 1)
-            out[row] += p * (y @ weights["down"][expert] + weights["down_bias"][expert])
+            gate, up = np.minimum(y[0::2], limit), np.clip(y[1::2], -limit, limit)
+            y = gate / (1 + np.exp(-config.alpha * gate)) * (up + config.up_offset)
+            y = y @ weights["down"][expert] + weights["down_bias"][expert]
+            out[row] += share[expert] * y
     return out
 
 
@@ -78,6 +85,16 @@ def test_equals_a_plain_loop(config, packed, shape):
     x = tokens_for(*shape, 64)
     expected = plain(config, layer_weights(module), x.reshape(-1, 64)).reshape(x.shape)
     np.testing.assert_allclose(jax.jit(module)(x), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("shares", ["chosen", "all"])
+@pytest.mark.parametrize("packed", [True, False])
+def test_silu_experts_without_biases_equal_a_plain_loop(shares, packed):
+    config = ExpertsConfig(experts=7, top_k=3, shares=shares, packed=packed)
+    module, x = make(config), tokens_for(1, 19, 64)
+    assert module.router_bias is module.gate_up_bias is module.down_bias is None
+    expected = plain(config, layer_weights(module), x[0])
+    np.testing.assert_allclose(jax.jit(module)(x)[0], expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 8, 9, 64, 65])
@@ -180,3 +197,14 @@ def test_sizes_that_cannot_be_are_refused():
         make(SIX)(tokens_for(1, 1, 64), 1)
     with pytest.raises(ValueError, match="layer=None must be given for stacked"):
         make(SIX, stack=(2,))(tokens_for(1, 1, 64))
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_jax_with_64_bits_gives_the_same(packed):
+    """Loops then count in 64 bits, and places of slices must be of one type."""
+    module, x = make(dataclasses.replace(SIX, packed=packed)), tokens_for(1, 5, 64)
+    expected = module(x)
+    with jax.enable_x64(True):
+        out = module(x)
+    assert out.dtype == jnp.float32
+    np.testing.assert_allclose(out, expected, atol=1e-6)

@@ -15,16 +15,18 @@ import models
 from models.checkpoints.checkpoint import Checkpoint, LazyTensor
 from models.checkpoints.load_decoder import load_decoder
 from models.checkpoints.open import open_checkpoint
-from models.checkpoints.tensor_names import check_names, find_prefix, recipe_table, transposed
+from models.checkpoints.recipe import transposed
+from models.checkpoints.tensor_names import check_names, find_naming, recipe_table
 from models.decoder import Decoder
 from models.errors import CheckpointError
+from models.experts import ExpertsConfig
 from models.families.architectures import architecture_config
 from tests.models import numpy_llama, numpy_mixed
 from tests.models.numpy_mixed import gemma_config, gpt_oss_config
 
 DATA = Path(__file__).parents[2] / "data"
-# Made by transformers 5.24.0 on torch's meta device, which holds no weights; the experts' names and
-# shapes are those of the published MXFP4 files, Gemma's begin as google's files do.
+# Made by transformers 5.24.0 without weights, or saved by it from one layer with few experts; names
+# and shapes of gpt-oss's experts are those of the published MXFP4 files, Gemma's begin as google's.
 PUBLISHED = json.loads((DATA / "published_tensors.json").read_text())
 IMAGE = {
     "vision_tower.vision_model.embeddings.patch_embedding.weight": (1152, 3, 14, 14),
@@ -39,7 +41,8 @@ def published(name: str) -> tuple[dict, dict[str, tuple[int, ...]]]:
     shapes = {}
     for tensor, shape in table["tensors"].items():
         for layer in range(table["layers"]) if "{layer}" in tensor else (0,):
-            shapes[tensor.format(layer=layer)] = tuple(shape)
+            for expert in range(table["experts"]) if "{expert}" in tensor else (0,):
+                shapes[tensor.format(layer=layer, expert=expert)] = tuple(shape)
     return hf, shapes
 
 
@@ -61,7 +64,7 @@ def test_tables_are_the_published_names_and_shapes(name):
     hf, shapes = published(name)
     checkpoint = without_weights(hf, shapes | (IMAGE if hf["model_type"] == "gemma3" else {}))
     config = architecture_config(hf)
-    recipes = recipe_table(config, find_prefix(checkpoint))
+    recipes = recipe_table(config, find_naming(checkpoint, config))
     check_names(checkpoint, recipes, config.layers)
     del checkpoint.tensors[next(reversed(shapes))]  # type: ignore[attr-defined]
     with pytest.raises(CheckpointError, match="has no tensor"):
@@ -76,6 +79,12 @@ def test_tables_are_the_published_names_and_shapes(name):
         ("gpt-oss-120b", 116_829_156_672, 65_248_815_744),
         # keras-hub counts 262144 tokens, the published embedding has 64 rows more.
         ("gemma-3-12b-it", 11_765_788_416 + 64 * 3840, None),
+        # The sizes of bfloat16 files as their index says; counts as the model cards say.
+        ("Qwen2.5-7B", 7_615_616_512, 15_231_233_024),
+        ("Qwen3-30B-A3B", 30_532_122_624, 61_064_245_248),
+        ("Mixtral-8x7B-v0.1", 46_702_792_704, 93_405_585_408),
+        ("SmolLM3-3B", 3_075_098_624, 6_150_197_248),
+        ("OLMo-2-1124-7B", 7_298_617_344, 14_597_234_688),
     ],
 )
 @pytest.mark.parametrize("scan", [True, False])
@@ -102,6 +111,23 @@ def test_windows_and_ropes_of_the_real_models():
     local, full = gemma.ropes[0].frequencies, gemma.ropes[5].frequencies
     np.testing.assert_allclose(local[1], 10_000 ** (-2 / 256), rtol=1e-12)
     np.testing.assert_allclose(full[1], 1_000_000 ** (-2 / 256) / 8, rtol=1e-12)
+
+
+def test_layers_of_the_real_models():
+    config = lambda name: architecture_config(published(name)[0])
+    smol = config("SmolLM3-3B")
+    assert smol.period == 4 and smol.tie_embeddings and set(smol.windows) == {None}
+    turned = [max(rope.frequencies) for rope in smol.ropes]
+    assert turned == [1, 1, 1, 0] * 9
+    np.testing.assert_allclose(smol.ropes[0].frequencies[1], 5_000_000 ** (-2 / 128), rtol=1e-12)
+    qwen = config("Qwen3-30B-A3B")
+    assert qwen.period == 1 and qwen.experts is not None and qwen.expert_size == 768
+    assert (qwen.experts.experts, qwen.experts.top_k, qwen.experts.shares) == (128, 8, "chosen")
+    assert config("Mixtral-8x7B-v0.1").experts == ExpertsConfig(experts=8, top_k=2)
+    olmo = config("OLMo-2-1124-7B")
+    assert (olmo.qk_norm, olmo.norm_places, olmo.period) == ("channels", "after", 1)
+    qwen2 = config("Qwen2.5-7B")
+    assert qwen2.attention_bias and not qwen2.output_bias and set(qwen2.windows) == {None}
 
 
 def multimodal(folder: Path, prefix: str, head: str) -> Path:
@@ -188,7 +214,7 @@ def test_packed_experts_stay_packed_whatever_the_dtype(tmp_path):
     kinds = {str(x.dtype) for x in jax.tree.leaves(nnx.state(model))}
     assert kinds == {"uint8", "bfloat16"}
     blocks = load_file(tmp_path / "model.safetensors")[BLOCKS]
-    np.testing.assert_array_equal(model.layers[1].mlp.down_blocks[...], blocks)
+    np.testing.assert_array_equal(model.layers[1].experts.down_blocks[...], blocks)
 
 
 @pytest.mark.parametrize("layers, period, tail", [(7, 6, 1), (12, 6, 0), (5, 5, 0)])

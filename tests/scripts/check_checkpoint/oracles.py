@@ -24,3 +24,12 @@ def largest_difference(folder, *, page_size=8, scan=False):
     assert whole
     args = check_checkpoint.Args(dir=folder, page_size=page_size)
     return check_checkpoint.largest_difference(model, tokens, logits, chunks, args)
+
+
+def prefill(folder, *, page_size=8):
+    """The same difference after one prefill of all tokens; layers are unrolled."""
+    model = models.load(folder, dtype="float32", scan=False)
+    stored = np.load(folder / "io.npz")
+    tokens, logits = stored["input_ids"], stored["logits"]
+    args = check_checkpoint.Args(dir=folder, page_size=page_size)
+    return check_checkpoint.largest_difference(model, tokens, logits, [tokens.shape[1]], args)
