@@ -1,6 +1,7 @@
 """jaxkv: paged, windowed and quantized KV caches for LLM inference in JAX."""
 
 from jaxkv.cache import KVCache as KVCache
+from jaxkv.check import check as check
 from jaxkv.config import CacheConfig as CacheConfig
 from jaxkv.explain import explain as explain
 from jaxkv.filled_cache import FilledCache as FilledCache

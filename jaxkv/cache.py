@@ -3,24 +3,30 @@
 A step is `prepare` (reserve pages), `attend` for every layer (write, read), `commit` (keep some
 or all of the new tokens). `free` and `fork` belong between steps. Each returns a new cache; donate
 the old one and the pages are updated in place.
+
+Mistakes that show in shapes, types and the order of calls raise when a step is traced. Those that
+depend on data are found by `jax.experimental.checkify.checkify(step)`, which costs nothing where
+it is not used, and by `jaxkv.check(cache)` on the host.
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import checkify
 
 from jaxkv.allocator import NULL_PAGE
+from jaxkv.arguments import counts, sequence_numbers
+from jaxkv.arguments import mask as read_mask
 from jaxkv.attend import attend_stores
-from jaxkv.config import CacheConfig, LayerGroup
+from jaxkv.config import CacheConfig, Layer, LayerGroup
 from jaxkv.page_tables import entries, look_up
 from jaxkv.store import Committed, Fork, NewTokens, Store, create_store
 from pallas_kernels.backends import Backend
 from pallas_kernels.segment import Queries
 from pallas_kernels.shapes import bind_dims
-
-Layer = int | tuple[int, int | jax.Array]  # number of the layer, or (group, index in the group)
 
 
 @jax.tree_util.register_dataclass
@@ -33,7 +39,11 @@ class KVCache:
     pending: jax.Array  # i32[batch], tokens prepared and not yet committed
     starved: jax.Array  # bool[batch], whether the last prepare or fork lacked pages for it
     too_long: jax.Array  # bool[batch], whether the last prepare asked for too many tokens
+    attended: jax.Array  # i32[], layers attended since prepare; read in checked mode alone
     config: CacheConfig = dataclasses.field(metadata=dict(static=True))
+    # Whether a step is prepared and not yet committed. Static, so that a call in the wrong order
+    # raises when it is traced.
+    prepared: bool = dataclasses.field(default=False, metadata=dict(static=True))
 
     @classmethod
     def create(
@@ -49,7 +59,9 @@ class KVCache:
         Raises:
           ValueError: the configuration is not valid, or key means are missing or misshapen.
         """
-        config = config.checked()
+        if not isinstance(config, CacheConfig):
+            raise ValueError(f"config must be a CacheConfig, not {type(config).__name__}.")
+        config.checked()
         # No array is used twice: JAX refuses to donate a state that holds the same buffer twice.
         return cls(
             stores=tuple(
@@ -60,6 +72,7 @@ class KVCache:
             pending=jnp.zeros(config.batch, jnp.int32),
             starved=jnp.zeros(config.batch, bool),
             too_long=jnp.zeros(config.batch, bool),
+            attended=jnp.int32(0),
             config=config,
         )
 
@@ -75,11 +88,18 @@ class KVCache:
         gets no page in any group, writes nothing and commits 0 tokens. The same holds for one that
         asks for more than `max_new_tokens` or would outgrow `max_tokens` (`too_long`).
 
+        A step that was prepared before and not committed is dropped, so to prepare twice is to
+        prepare the second time.
+
         Args:
-          new_tokens: `i32[batch]`; 0 or less leaves a sequence out of the step. The previous step
-            must have been committed.
+          new_tokens: `i32[batch]`; 0 or less leaves a sequence out of the step.
+
+        Raises:
+          ValueError: `new_tokens` is not a whole number for each sequence.
         """
-        bind_dims(lengths=(self.lengths, "batch"), new_tokens=(new_tokens, "batch"))
+        new_tokens = counts("new_tokens", new_tokens, self.config.batch)
+        if self.prepared:
+            return self.commit(jnp.zeros_like(self.pending), _check=False).prepare(new_tokens)
         too_long = new_tokens > self.config.max_new_tokens
         if self.config.max_tokens is not None:
             too_long |= self.lengths + new_tokens > self.config.max_tokens
@@ -98,6 +118,8 @@ class KVCache:
             pending=pending,
             starved=starved,
             too_long=too_long,
+            attended=jnp.zeros_like(self.attended),
+            prepared=True,
         )
 
     def attend(
@@ -118,8 +140,11 @@ class KVCache:
         Row `t` of a sequence is its token at position `lengths + t`. Rows past `pending` are
         padding: they are not kept, and their output is 0.
 
+        It is for inference only: there is no gradient.
+
         Args:
-          layer: its number, or `(group, index)` from `config.locate`; the index may be traced.
+          layer: its number, or `(group, index)` from `config.locate`; the index may be traced, and
+            the number, too, if all layers are in one group (`config.groups`).
           q: `[batch, tokens, q_heads, head_dim]`, rotated.
           k: `[batch, tokens, kv_heads, head_dim]`, rotated.
           v: like `k`.
@@ -134,11 +159,13 @@ class KVCache:
           The new cache, and attention shaped and typed like `q`.
 
         Raises:
-          ValueError: shapes disagree, there are more rows than `max_new_tokens`, or `q_sink` is
-            missing or not wanted.
-          NotImplementedError: the named backend does not serve this call.
+          ValueError: the step is not prepared, there is no such layer, shapes or types disagree,
+            there are more rows than `max_new_tokens`, or `q_sink` is missing or not wanted.
+          NotImplementedError: the named backend does not serve this call, or it is differentiated.
         """
-        number, index = layer if isinstance(layer, tuple) else self.config.locate(layer)
+        if not self.prepared:
+            raise ValueError("attend needs a prepared step: call prepare(new_tokens) before it.")
+        number, index = self.config.place(layer)
         group = self.config.groups[number]
         spec, dims = group.spec, self.stores[group.stores[0]].pages.dims
         sizes = bind_dims(
@@ -152,6 +179,19 @@ class KVCache:
         for name in ("kv_heads", "head_dim"):
             if sizes[name] != dims[name]:
                 raise ValueError(f"k.shape={k.shape}: {name} must be {dims[name]}.")
+        for name, array in dict(q=q, k=k, v=v, q_sink=q_sink, sink_logits=sink_logits).items():
+            if array is not None and not jnp.issubdtype(array.dtype, jnp.floating):
+                raise ValueError(f"{name}.dtype={array.dtype} must be a float type.")
+        for name, bound in dict(scale=scale, soft_cap=soft_cap).items():
+            if bound is not None and not (isinstance(bound, int | float) and 0 < bound < math.inf):
+                raise ValueError(f"{name}={bound!r} must be a number above 0, or None.")
+        if sizes["tokens"] == 0:
+            raise ValueError(f"{q.shape=} has no token: tokens must be at least 1.")
+        checkify.debug_check(
+            jnp.all(self.pending <= sizes["tokens"]),
+            "attend: sequences have {pending} prepared tokens, and q has " + f"{sizes['tokens']}",
+            pending=self.pending,
+        )
         if sizes["tokens"] > self.config.max_new_tokens:
             raise ValueError(
                 f"tokens={sizes['tokens']} must be at most {self.config.max_new_tokens=}."
@@ -159,6 +199,7 @@ class KVCache:
         if (q_sink is None) != (spec.q_sink_limit is None):
             wanted = "not taken" if spec.q_sink_limit is None else "needed"
             raise ValueError(f"q_sink is {wanted} with sink_positions={spec.sink_positions!r}.")
+        q, k, v = _inference_only(q, k, v)
         stores = list(self.stores)
         new = NewTokens(k, v, self.lengths, self.pending)
         for own in group.stores:
@@ -176,18 +217,38 @@ class KVCache:
         )
         for own in group.stores:
             stores[own] = stores[own].after_reading(out)
-        return dataclasses.replace(self, stores=tuple(stores)), out.astype(q.dtype)
+        cache = dataclasses.replace(self, stores=tuple(stores), attended=self.attended + 1)
+        return cache, out.astype(q.dtype)
 
-    def commit(self, accepted: jax.Array) -> "KVCache":
+    def commit(self, accepted: jax.Array, *, _check: bool = True) -> "KVCache":
         """Keeps the first `accepted` of the prepared tokens and drops the rest (roll-back).
 
         Frees pages that held only dropped tokens, and pages that fell out of a window. With a lossy
         codec, pages that leave the recent span are quantized, unless `attend` has done so.
 
         Args:
-          accepted: `i32[batch]`; more than was prepared counts as all prepared tokens.
+          accepted: `i32[batch]`; more than was prepared counts as all prepared tokens, which is 0
+            for a sequence that starved or asked for too many (an error in checked mode).
+
+        Raises:
+          ValueError: no step is prepared, or `accepted` is not a whole number for each sequence.
         """
-        bind_dims(lengths=(self.lengths, "batch"), accepted=(accepted, "batch"))
+        if not self.prepared:
+            raise ValueError("commit needs a prepared step: call prepare(new_tokens) before it.")
+        accepted = counts("accepted", accepted, self.config.batch)
+        if _check:
+            layers = len(self.config.layers)
+            checkify.debug_check(
+                (self.attended == layers) | ~jnp.any(self.pending > 0),
+                "commit: {attended} layers were attended since prepare, of " + str(layers),
+                attended=self.attended,
+            )
+            checkify.debug_check(
+                jnp.all(accepted <= self.pending),
+                "commit: accepted {accepted}, prepared {pending}: see starved and too_long",
+                accepted=accepted,
+                pending=self.pending,
+            )
         lengths = self.lengths + jnp.clip(accepted, 0, self.pending)
         step = Committed(self.lengths, self.pending, lengths)
         stores = list(self.stores)
@@ -198,11 +259,17 @@ class KVCache:
             stores=tuple(store.settle(step, self.config.step_pages) for store in stores),
             lengths=lengths,
             pending=jnp.zeros_like(self.pending),
+            attended=jnp.zeros_like(self.attended),
+            prepared=False,
         )
 
     def free(self, mask: jax.Array) -> "KVCache":
-        """Ends the sequences of `mask`, `bool[batch]`: releases their pages; their length is 0."""
-        bind_dims(lengths=(self.lengths, "batch"), mask=(mask, "batch"))
+        """Ends the sequences of `mask`, `bool[batch]`: releases their pages; their length is 0.
+
+        Raises:
+          ValueError: `mask` is not `bool[batch]`, for example numbers of sequences.
+        """
+        mask = read_mask("mask", mask, self.config.batch)
         return dataclasses.replace(
             self,
             stores=tuple(store.drop(mask) for store in self.stores),
@@ -220,13 +287,26 @@ class KVCache:
 
         Args:
           src: `i32[n]` or an int, sequences to copy, as they are before the call.
-          dst: like `src`, all different; entries outside `0 <= dst < batch` are ignored.
+          dst: like `src`, all different; entries outside `0 <= dst < batch` are ignored, and so are
+            those whose `src` is (an error in checked mode).
+
+        Raises:
+          ValueError: a step is prepared and not committed, or numbers are not whole.
         """
-        src, dst = (jnp.atleast_1d(jnp.asarray(x, jnp.int32)) for x in (src, dst))
+        if self.prepared:
+            raise ValueError("fork belongs between steps: commit the prepared step before it.")
+        src, dst = sequence_numbers("src", src), sequence_numbers("dst", dst)
         bind_dims(src=(src, "forks"), dst=(dst, "forks"))
-        size = self.config.page_size
-        acts = (src != dst) & (dst >= 0)
-        target = jnp.where(acts, dst, self.config.batch)  # out of range is dropped
+        size, batch = self.config.page_size, self.config.batch
+        known = (src >= 0) & (src < batch)
+        acts = (src != dst) & (dst >= 0) & (dst < batch) & known
+        checkify.debug_check(
+            jnp.all(known | (dst < 0) | (dst >= batch)), "fork: src={src} is out of range", src=src
+        )
+        into = jnp.zeros(batch, jnp.int32).at[jnp.where(acts, dst, batch)].add(1, mode="drop")
+        checkify.debug_check(jnp.all(into <= 1), "fork: dst={dst} names a sequence twice", dst=dst)
+        src = jnp.clip(src, 0, batch - 1)
+        target = jnp.where(acts, dst, batch)  # out of range is dropped
         length = self.lengths[src]
         last = (length // size)[:, None]  # logical page that is unfinished, if any
         copies = acts & (length % size > 0)
@@ -274,6 +354,18 @@ class KVCache:
         return sum(x.nbytes for x in jax.tree.leaves(self))
 
 
+@jax.custom_jvp
+def _inference_only(q: jax.Array, k: jax.Array, v: jax.Array):
+    """Its arguments; raises where a derivative is asked for."""
+    return q, k, v
+
+
+@_inference_only.defjvp
+def _refuse_gradient(primals, tangents):
+    """Raises: writes of pages have no gradient, and codes would give one of 0 in silence."""
+    raise NotImplementedError("KVCache.attend is for inference only: it has no gradient.")
+
+
 def _static_means(
     config: CacheConfig, key_means: Sequence[jax.Array] | None
 ) -> list[jax.Array | None]:
@@ -293,6 +385,9 @@ def _stored_means(group: LayerGroup, key_means: Sequence[jax.Array] | None) -> j
             f"codec {codec.name!r} removes a static key mean, and key_means=None: fit them with "
             "jaxkv.fit_key_means (scripts/fit_key_means.py), or use key_mean='page' or None."
         )
+    if not isinstance(key_means, Sequence) or len(key_means) <= max(group.layers):
+        have = len(key_means) if isinstance(key_means, Sequence) else type(key_means).__name__
+        raise ValueError(f"key_means must be a list with one entry per layer: {have}.")
     own = [jnp.asarray(key_means[layer]) for layer in group.layers]
     for layer, mean in zip(group.layers, own, strict=True):
         if mean.shape != shape:

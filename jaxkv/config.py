@@ -2,9 +2,13 @@
 
 import dataclasses
 import functools
+import numbers
 
+import jax
 import jax.numpy as jnp
+from jax.experimental import checkify
 
+from jaxkv.arguments import check_whole
 from jaxkv.fill import PageFill, TokenFill
 from jaxkv.spans import PageSpan
 from jaxkv.spec import EXACT, LayerSpec
@@ -17,6 +21,7 @@ from pallas_kernels.layouts.plain import Plain
 from pallas_kernels.rule import PageLag, Rule
 from pallas_kernels.shapes import cdiv
 
+Layer = int | tuple[int, int | jax.Array] | jax.Array  # number, or (group, index in the group)
 MOST_PAGES = 2**31 - 1  # page ids are int32
 
 
@@ -72,30 +77,31 @@ class CacheConfig:
     platform: str | None = None
 
     def checked(self) -> "CacheConfig":
-        """Returns itself with the platform filled in; raises ValueError naming a bad value."""
+        """Returns itself; raises ValueError naming a bad value."""
         if not isinstance(self.layers, tuple):
             raise ValueError(f"layers must be a tuple, not {type(self.layers).__name__}.")
         if not self.layers:
             raise ValueError("layers=() must name at least one layer.")
         for spec in self.layers:
+            if not isinstance(spec, LayerSpec):
+                raise ValueError(f"layers must hold LayerSpecs, not {type(spec).__name__}.")
             spec.checked()
         for name in ("batch", "max_new_tokens", "page_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+            check_whole(name, getattr(self, name), least=1)
+        current_platform(self.platform)  # raises for an unknown one
         if self.max_tokens is None:
             if any(spec.window is None for spec in self.layers):
                 raise ValueError("max_tokens=None needs a window in every layer.")
-        elif self.max_tokens < 1:
-            raise ValueError(f"max_tokens={self.max_tokens} must be at least 1.")
-        if self.pages is not None and self.pages < 2:
-            raise ValueError(f"pages={self.pages} must be at least 2: the null page and one more.")
-        config = dataclasses.replace(self, platform=current_platform(self.platform))
-        if max(store.pages for store in config.stores) > MOST_PAGES:
+        else:
+            check_whole("max_tokens", self.max_tokens, least=1)
+        if self.pages is not None:
+            check_whole("pages", self.pages, least=2)  # the null page and one more
+        if max(store.pages for store in self.stores) > MOST_PAGES:
             raise ValueError(
                 f"batch={self.batch}, max_tokens={self.max_tokens} need more than {MOST_PAGES} "
                 "pages in one pool: give pages, or fewer tokens."
             )
-        return config
+        return self
 
     @property
     def step_pages(self) -> int:
@@ -175,7 +181,7 @@ class CacheConfig:
         layout = default_layout(
             codec,
             # There is no TPU kernel: plain JAX runs on TPUs and reads the CPU's layout there, too.
-            platform="gpu" if self.platform == "gpu" else "cpu",
+            platform="gpu" if current_platform(self.platform) == "gpu" else "cpu",
             kv_heads=spec.kv_heads,
             head_dim=spec.head_dim,
             page_size=size,
@@ -203,7 +209,47 @@ class CacheConfig:
 
     def locate(self, layer: int) -> tuple[int, int]:
         """Returns `(group, index in the group)` of a layer; raises ValueError if there is none."""
-        for number, group in enumerate(self.groups):
-            if layer in group.layers:
-                return number, group.layers.index(layer)
-        raise ValueError(f"{layer=} must be below {len(self.layers)}.")
+        whole = isinstance(layer, numbers.Integral) and not isinstance(layer, bool)
+        if not whole or not 0 <= layer < len(self.layers):
+            raise ValueError(f"{layer=} must be a whole number below {len(self.layers)}.")
+        number = next(n for n, group in enumerate(self.groups) if layer in group.layers)
+        return number, self.groups[number].layers.index(layer)
+
+    def place(self, layer: "Layer") -> tuple[int, int | jax.Array]:
+        """Returns `(group, index in the group)` of a layer that may be traced.
+
+        Args:
+          layer: a number, or `(group, index)`; the index may be traced, and so may the number if
+            all layers are in one group.
+
+        Raises:
+          ValueError: there is no such layer, or its group would depend on a traced number.
+        """
+        if isinstance(layer, tuple):
+            if len(layer) != 2:
+                raise ValueError(f"{layer=} must be a number or (group, index).")
+            group, index = layer
+            check_whole("group of the layer", group, least=0)
+            if group >= len(self.groups):
+                raise ValueError(f"{layer=}: the group must be below {len(self.groups)}.")
+        elif isinstance(layer, jax.Array):
+            group, index = 0, layer
+            if len(self.groups) > 1:
+                raise ValueError(
+                    f"layer is traced, and the cache has {len(self.groups)} groups of layers: "
+                    "give (group, index) with a static group, see config.locate."
+                )
+        else:
+            return self.locate(layer)
+        layers = len(self.groups[group].layers)
+        if isinstance(index, jax.Array):
+            if index.ndim or not jnp.issubdtype(index.dtype, jnp.integer):
+                raise ValueError(f"layer is {index.dtype}{list(index.shape)}, not a whole number.")
+            checkify.debug_check(
+                (index >= 0) & (index < layers), "attend: layer {i} is out of range", i=index
+            )
+            return group, index.astype(jnp.int32)
+        check_whole("index of the layer", index, least=0)
+        if index >= layers:
+            raise ValueError(f"{layer=}: the index must be below {layers}.")
+        return group, index

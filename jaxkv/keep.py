@@ -4,6 +4,9 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Literal
 
+from jax.typing import DTypeLike
+
+from jaxkv.arguments import check_whole, float_name
 from jaxkv.codecs import KVCodec
 from jaxkv.spec import EXACT, LayerSpec
 
@@ -22,7 +25,7 @@ class Keep:
         `LayerSpec`.
       keep_first: number of first layers that stay exact whatever the codec.
       keep_last: number of last layers that stay exact.
-      dtype: float type of exact pages, "float32", "bfloat16" or "float16"; None for the model's.
+      dtype: float type of exact pages, as in `LayerSpec`; None for the model's.
     """
 
     codec: str | KVCodec = EXACT
@@ -31,7 +34,11 @@ class Keep:
     sink_positions: Literal["original", "cache"] = "original"
     keep_first: int = 0
     keep_last: int = 0
-    dtype: str | None = None
+    dtype: DTypeLike | None = None
+
+    def __post_init__(self):
+        if self.dtype is not None:
+            object.__setattr__(self, "dtype", float_name("dtype", self.dtype))
 
     def apply(self, layers: Sequence[LayerSpec]) -> tuple[LayerSpec, ...]:
         """Returns the specs of a model's layers, changed to keep what this value describes.
@@ -43,12 +50,16 @@ class Keep:
           ValueError: sinks were asked for and no layer has a window, or there are fewer layers
             than are to stay exact.
         """
+        if self.window is not None:
+            check_whole("window", self.window, least=1)
+        for name in ("sink_tokens", "keep_first", "keep_last"):
+            check_whole(name, getattr(self, name), least=0)
         windows = [_smaller(spec.window, self.window) for spec in layers]
         sink_tokens, keep_first, keep_last = self.sink_tokens, self.keep_first, self.keep_last
         has_sinks = sink_tokens or self.sink_positions != "original"
         if has_sinks and all(window is None for window in windows):
             raise ValueError(f"{sink_tokens=} needs a window, and no layer has one.")
-        if not (keep_first >= 0 and keep_last >= 0 and keep_first + keep_last <= len(layers)):
+        if keep_first + keep_last > len(layers):
             raise ValueError(f"{keep_first=}, {keep_last=} must name some of {len(layers)} layers.")
         coded = range(keep_first, len(layers) - keep_last)
         return tuple(

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxkv.arguments import check_whole
 from jaxkv.cache import KVCache
 from jaxkv.config import CacheConfig
 from jaxkv.keep import Keep
@@ -32,6 +33,7 @@ def fit_key_means(model: Model, tokens: Sequence[int], *, chunk: int = 256) -> l
     """
     if len(tokens) < 2:
         raise ValueError(f"tokens has {len(tokens)}: at least 2 are needed.")
+    check_whole("chunk", chunk, least=1)
     specs = model.layer_specs(Keep())
     config = CacheConfig(layers=tuple(specs), batch=1, max_tokens=len(tokens), max_new_tokens=chunk)
     cache = KVCache.create(config)
@@ -59,4 +61,4 @@ def _add_chunk(model: Model, tokens, count, cache: KVCache, sums):
         keys = store.pages.arrays["k"][index, page, :, position % size]
         keys = jnp.where(counts[..., None, None], keys.astype(jnp.float32), 0)
         new.append(total + keys.sum(axis=(0, 1)))
-    return cache.commit(count), new
+    return cache.commit(cache.pending), new

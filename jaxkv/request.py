@@ -8,10 +8,11 @@ from typing import Any, TypeVar
 import jax.numpy as jnp
 import numpy as np
 
+from jaxkv.arguments import MOST_INT, check_whole
 from jaxkv.draw import rules_of
 from jaxkv.keep import Keep
 from jaxkv.model import Model
-from jaxkv.sampling import MOST_INT, Sampling, check_whole
+from jaxkv.sampling import Sampling
 from jaxkv.steps import NO_TOKEN, Requests
 from jaxkv.stop_text import StopText
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import jax
 
-MOST_INT = 2**31 - 1  # counts and token ids are int32
+from jaxkv.arguments import check_whole
 
 # (logits f32[batch, vocab], tokens so far i32[batch, tokens], -1 behind the last) -> logits
 LogitsHook = Callable[[jax.Array, jax.Array], jax.Array]
@@ -77,14 +77,6 @@ class Sampling:
             return self
         ruled = any(rule is not None for rule in (self.top_k, self.top_p, self.min_p))
         return dataclasses.replace(self, temperature=1.0 if ruled else 0.0)
-
-
-def check_whole(name: str, value: object, *, least: int) -> int:
-    """The value as an int; ValueError unless it is a whole number from `least` to 2**31 - 1."""
-    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    if not whole or not least <= int(value) <= MOST_INT:  # type: ignore[call-overload]
-        raise ValueError(f"{name}={value!r} must be a whole number, at least {least}, below 2**31.")
-    return int(value)  # type: ignore[call-overload]
 
 
 def _check_number(

@@ -5,10 +5,10 @@ from collections.abc import Iterator, Sequence
 
 import jax
 
+from jaxkv.arguments import check_whole
 from jaxkv.config import CacheConfig
 from jaxkv.keep import Keep
 from jaxkv.model import Model
-from jaxkv.sampling import check_whole
 from pallas_kernels.shapes import cdiv
 
 # Compiled programs depend on the shapes of tables and pools. Up to this many tokens they have the

@@ -3,6 +3,9 @@
 import dataclasses
 from typing import Literal
 
+from jax.typing import DTypeLike
+
+from jaxkv.arguments import check_whole, float_name
 from pallas_kernels.codecs.codec import KVCodec
 from pallas_kernels.codecs.presets import get_codec
 
@@ -24,7 +27,8 @@ class LayerSpec:
       codec: how pages are stored, a name (`jaxkv.codecs.codec_names()`) or a `KVCodec`; "exact"
         keeps `dtype`. A lossy codec says how many of the newest pages and first tokens stay exact;
         if the window lies within the newest pages, the whole layer is exact.
-      dtype: float type of exact pages.
+      dtype: float type of exact pages: "bfloat16", "float16" or "float32", also as a type of JAX
+        or numpy (`jnp.bfloat16`); the spec keeps its name.
     """
 
     kv_heads: int
@@ -33,24 +37,26 @@ class LayerSpec:
     sink_tokens: int = 0
     sink_positions: Literal["original", "cache"] = "original"
     codec: str | KVCodec = EXACT
-    dtype: str = "bfloat16"
+    dtype: DTypeLike = "bfloat16"
+
+    def __post_init__(self):
+        # Specs that mean the same are equal, and so share a group.
+        object.__setattr__(self, "dtype", float_name("dtype", self.dtype))
 
     def checked(self) -> "LayerSpec":
         """Returns itself; raises ValueError for a value that makes no sense."""
         for name in ("kv_heads", "head_dim"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
-        if self.window is not None and self.window < 1:
-            raise ValueError(f"window={self.window} must be at least 1, or None for all tokens.")
-        if self.sink_tokens < 0:
-            raise ValueError(f"sink_tokens={self.sink_tokens} must not be negative.")
+            check_whole(name, getattr(self, name), least=1)
+        if self.window is not None:
+            check_whole("window", self.window, least=1)
+        check_whole("sink_tokens", self.sink_tokens, least=0)
+        if not isinstance(self.codec, str | KVCodec):
+            raise ValueError(f"codec={self.codec!r} must be a codec's name or a KVCodec.")
         if self.sink_positions not in ("original", "cache"):
             raise ValueError(f"sink_positions={self.sink_positions!r}: 'original' or 'cache'.")
         if self.sink_positions == "cache" and self.window is None:
             raise ValueError("sink_positions='cache' needs a window, and window=None.")
         _ = self.kv_codec  # raises for an unknown name
-        if self.dtype not in ("bfloat16", "float16", "float32"):
-            raise ValueError(f"dtype={self.dtype!r} must be bfloat16, float16 or float32.")
         return self
 
     @property

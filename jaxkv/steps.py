@@ -101,7 +101,7 @@ def prefill_chunk(
         row = jnp.arange(tokens.shape[0], dtype=jnp.int32)[:, None]
         logprobs = logprobs.at[row, place].set(own, mode="drop")
     used = cache.pages_in_use
-    cache = cache.commit(count)
+    cache = cache.commit(cache.pending)
     return cache, logprobs, used, jnp.sum(cache.lengths, dtype=jnp.int32)
 
 
@@ -171,7 +171,7 @@ def decode_block(
         hidden, cache = model(fed, cache, backend=backend)
         advances = cache.pending > 0
         peak = jnp.maximum(state.peak_pages, cache.pages_in_use)
-        state = dataclasses.replace(state, cache=cache.commit(count), peak_pages=peak)
+        state = dataclasses.replace(state, cache=cache.commit(cache.pending), peak_pages=peak)
         logits = model.unembed(hidden[:, 0]).astype(jnp.float32)
         token = _draw(logits, state, requests)
         out = _record(out, step, logits, token, advances)

@@ -36,6 +36,11 @@ class Decoder(nnx.Module):
         self, config: DecoderConfig, rngs: nnx.Rngs, *, scan: bool = True, dtype="float32"
     ):
         dtype = jnp.dtype(dtype)
+        if config.scale_embeddings and dtype == jnp.float16:
+            raise ValueError(
+                f"dtype=float16 can't hold the hidden states of {config.architecture!r}, "
+                "which pass 65,504: use bfloat16 or float32."
+            )
         self.config, self.scan = config, scan
         self.repeats = config.layers // config.period if scan else 0
         table = (config.vocab_size, config.hidden_size)

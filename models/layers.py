@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxkv import KVCache
-from jaxkv.cache import Layer
+from jaxkv.config import Layer
 from models.config import Activation, DecoderConfig
 from models.experts import Experts
 from models.rope import rotate

@@ -32,7 +32,7 @@ def poison_unread(cache: KVCache) -> KVCache:
 def _poison_store(store, cache: KVCache):
     size, span = cache.config.page_size, store.spec.span
     live = np.zeros((store.spec.pages, size), bool)
-    ring, sinks = np.asarray(store.tables.ring), np.asarray(store.tables.sinks)
+    ring, sinks = np.asarray(store.tables.ring), store.tables.sinks
     window, lag = span.rule.window, span.rule.lag or PageLag(size)
     for b, length in enumerate(np.asarray(cache.lengths)):
         oldest = 0 if window is None else max(0, length - window + 1)

@@ -61,6 +61,7 @@ def read_gguf_config(
         "rms_norm_eps": metadata.number("attention.layer_norm_rms_epsilon", float),
         "rope_parameters": _rope(metadata, entries.get(ROPE_FACTORS), read_values, head_dim),
         "attention_bias": "blk.0.attn_q.bias" in entries,
+        "attention_output_bias": "blk.0.attn_output.bias" in entries,
         "mlp_bias": "blk.0.ffn_up.bias" in entries,
         "sliding_window": window,
         "tie_word_embeddings": "output.weight" not in entries,
@@ -102,10 +103,12 @@ def _rope(
 ) -> dict[str, Any]:
     """Rotary settings. Llama 3's scaling comes as a tensor of divisors, one per frequency."""
     theta = metadata.number("rope.freq_base", float, 10000.0)
-    kind = metadata.fields.get(f"{metadata.arch}.rope.scaling.type", "none")
+    # A file that names no type means a linear scale, if it gives a factor (as llama.cpp reads it).
+    kind = metadata.fields.get(f"{metadata.arch}.rope.scaling.type", "linear")
     if kind not in ("none", "linear"):
         metadata.refuse(f"rope scaling {kind!r} is")
-    linear = metadata.number("rope.scaling.factor", float, 1.0) if kind == "linear" else 1.0
+    older = metadata.number("rope.scale_linear", float, 1.0)
+    linear = metadata.number("rope.scaling.factor", float, older) if kind == "linear" else 1.0
     if factors is None:
         if linear == 1.0:
             return {"rope_type": "default", "rope_theta": theta}

@@ -17,6 +17,7 @@ import numpy as np
 from models.checkpoints.checkpoint import Checkpoint, LazyTensor
 from models.checkpoints.mapped_file import map_file, release_pages
 from models.errors import CheckpointError, one_line, read_json_object
+from models.text.eos_ids import all_eos_ids
 from models.text.hf_tokenizer import read_hf_tokenizer
 
 SINGLE_FILE = "model.safetensors"
@@ -47,7 +48,7 @@ def open_hf_folder(folder: Path) -> Checkpoint:
     Raises:
       CheckpointError: a file is missing, truncated or not valid JSON; a shard lacks a tensor.
     """
-    config = read_json_object(folder / "config.json")
+    config = _read_config(folder)
     if (folder / SINGLE_FILE).exists():
         tensors = open_safetensors(folder / SINGLE_FILE)
     elif (folder / INDEX_FILE).exists():
@@ -55,6 +56,19 @@ def open_hf_folder(folder: Path) -> Checkpoint:
     else:
         raise CheckpointError(f"{folder}: has neither {SINGLE_FILE} nor {INDEX_FILE}.")
     return Checkpoint(folder, config, tensors, functools.partial(read_hf_tokenizer, folder))
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    """config.json, with the tokens that end a generation of generation_config.json among its own.
+
+    Chat models often name the end of a turn in the second file alone.
+    """
+    config = read_json_object(folder / "config.json")
+    generation = folder / "generation_config.json"
+    if not generation.exists():
+        return config
+    ends = all_eos_ids(str(folder), config, read_json_object(generation))
+    return config | {"eos_token_id": ends} if ends else config
 
 
 def open_safetensors(path: Path) -> dict[str, LazyTensor]:

@@ -13,6 +13,7 @@ from models.families.hf_config import (
     SLIDING,
     build_config,
     every_nth_full,
+    flag,
     layer_types,
     layer_windows,
     number,
@@ -85,10 +86,9 @@ def _gemma(hf: dict, types: tuple[str, ...], **own) -> DecoderConfig:
     """Builds the config from the keys that Gemma 2 and Gemma 3 share."""
     if hf.get("use_bidirectional_attention"):
         raise CheckpointError("config.json: use_bidirectional_attention=True is not supported.")
-    whole(
-        hf, "sliding_window"
-    )  # must be a number: null would leave sliding layers without a window
-    bias = hf.get("attention_bias", False)
+    # The window must be a number: null would leave sliding layers without one.
+    whole(hf, "sliding_window")
+    bias = flag(hf, "attention_bias", False)
     return build_config(
         hf,
         windows=layer_windows(hf, types),
@@ -108,6 +108,11 @@ def _ropes(hf: dict) -> tuple[dict, dict]:
     """Parameters of Gemma 3's rotation of full and of sliding layers, from new or old keys."""
     new = hf.get("rope_parameters")
     if isinstance(new, dict) and set(new) & {FULL, SLIDING}:
+        if hf.get("rope_scaling"):
+            raise CheckpointError(
+                "config.json: rope_scaling beside rope_parameters of both kinds of layers: "
+                "put it into those of full_attention."
+            )
         if unknown := set(new) - {FULL, SLIDING}:
             raise CheckpointError(f"config.json: rope_parameters has {sorted(unknown)}.")
         read = lambda kind, theta: rope_parameters({"rope_parameters": new.get(kind)}, theta=theta)

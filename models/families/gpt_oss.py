@@ -11,6 +11,7 @@ from models.families.hf_config import (
     build_config,
     every_nth_full,
     expert_counts,
+    flag,
     layer_types,
     layer_windows,
     number,
@@ -18,6 +19,15 @@ from models.families.hf_config import (
 )
 from models.mxfp4 import BLOCK
 
+GPT_OSS_DEFAULTS = {  # transformers'
+    "head_dim": 64,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-5,
+    "sliding_window": 128,
+    "max_position_embeddings": 131_072,
+    "num_local_experts": 128,
+    "num_experts_per_tok": 4,
+}
 THETA = 150_000.0
 MXFP4 = "mxfp4"  # `quant_method` of packed experts; files without one have plain matrices
 # Both published models use this. transformers assumes it for files that give no rope parameters.
@@ -33,8 +43,8 @@ YARN = {
 
 def decoder_config(hf: dict) -> DecoderConfig:
     """Reads a `config.json` with `model_type` "gpt_oss"; CheckpointError if it is invalid."""
-    hf = {"head_dim": 64, "rms_norm_eps": 1e-5, "attention_bias": True} | hf
-    bias = hf["attention_bias"]
+    hf = GPT_OSS_DEFAULTS | hf
+    bias = flag(hf, "attention_bias", True)
     if not (hf.get("rope_parameters") or hf.get("rope_scaling")):
         hf = hf | {"rope_scaling": YARN}
     count, top_k = expert_counts(hf)

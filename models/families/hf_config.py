@@ -11,6 +11,8 @@ from models.rope import make_rope
 
 DEFAULT_THETA = 10000.0  # transformers' default, for old files that do not give `rope_theta`
 SLIDING, FULL = "sliding_attention", "full_attention"
+# Only in configs that come from GGUF files, which may have biases on q, k and v alone.
+OUTPUT_BIAS = "attention_output_bias"
 ACTIVATIONS: dict[str, Activation] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 
 
@@ -47,8 +49,9 @@ def build_config(
         raise CheckpointError(f"config.json: rms_norm_eps={norm_eps!r} must be a number above 0.")
     if head_dim % 2:
         raise CheckpointError(f"{head_dim=} must be even: channels are rotated in pairs.")
+    rope = rope_parameters(hf) if rope is None else rope
     try:
-        turn = make_rope(head_dim, rope_parameters(hf) if rope is None else rope)
+        turn = make_rope(head_dim, rope)
         local_turn = None if local_rope is None else make_rope(head_dim, local_rope)
     except ValueError as error:
         raise CheckpointError(f"config.json: {error}") from None
@@ -64,9 +67,9 @@ def build_config(
         rope=turn,
         local_rope=local_turn,
         norm_eps=float(norm_eps),
-        tie_embeddings=hf.get("tie_word_embeddings", False),
+        tie_embeddings=flag(hf, "tie_word_embeddings", False),
         eos_ids=as_ids(hf.get("eos_token_id")),
-        max_position=whole(hf, "max_position_embeddings", None),
+        max_position=stretched_context(whole(hf, "max_position_embeddings", None), rope),
         activation=ACTIVATIONS[activation],
         **own,
     )
@@ -137,9 +140,15 @@ def rope_parameters(hf: dict, *, theta: float = DEFAULT_THETA) -> dict:
 
     `theta` is used if the file gives no `rope_theta`.
     """
-    found = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-    if not isinstance(found, dict):
-        raise CheckpointError(f"config.json: rope parameters must be an object, not {found!r}.")
+    found = {}
+    # Files that people have extended carry both keys; as in transformers, the older one wins.
+    for key in ("rope_parameters", "rope_scaling"):
+        given = hf.get(key) or {}
+        if not isinstance(given, dict):
+            raise CheckpointError(f"config.json: {key} must be an object, not {given!r}.")
+        if "type" in given:  # the older name of rope_type
+            given = {"rope_type": given["type"], **given}
+        found |= given
     if nested := [key for key, value in found.items() if isinstance(value, dict)]:
         raise CheckpointError(
             f"config.json: rope parameters are one set here, not one for each of {nested}."
@@ -150,7 +159,18 @@ def rope_parameters(hf: dict, *, theta: float = DEFAULT_THETA) -> dict:
                 f"config.json: partial_rotary_factor={where['partial_rotary_factor']} must be 1."
             )
     found = {"rope_theta": hf.get("rope_theta", theta), **found}
-    return found | {"rope_type": found.get("rope_type", found.get("type", "default"))}
+    return found | {"rope_type": found.get("rope_type", "default")}
+
+
+def stretched_context(max_position: int | None, rope: dict) -> int | None:
+    """The context in tokens, which YaRN may make longer than the file's number.
+
+    Files whose scaling was added by hand, as Qwen's model cards say, keep the original number.
+    """
+    parts = rope.get("factor"), rope.get("original_max_position_embeddings")
+    if max_position is None or rope.get("rope_type") != "yarn" or None in parts:
+        return max_position
+    return max(max_position, int(min(parts[0] * parts[1], 2**31 - 1)))
 
 
 def layer_types(hf: dict, default: Sequence[str]) -> tuple[str, ...]:

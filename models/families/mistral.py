@@ -1,10 +1,18 @@
 """Mistral 7B (arXiv:2310.06825): a Llama whose layers have a sliding window."""
 
 from models.config import DecoderConfig
-from models.families.hf_config import SLIDING, build_config, layer_types, layer_windows, whole
+from models.families.hf_config import build_config, uniform_windows, whole
+
+# transformers' defaults. A file without the key has the window of Mistral 7B; null means none.
+MISTRAL_DEFAULTS = {
+    "sliding_window": 4096,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131_072,
+    "eos_token_id": 2,
+}
 
 
 def decoder_config(hf: dict) -> DecoderConfig:
     """Reads a `config.json` with `model_type` "mistral"; CheckpointError if it is invalid."""
-    types = layer_types(hf, [SLIDING] * whole(hf, "num_hidden_layers"))
-    return build_config(hf, windows=layer_windows(hf, types))
+    hf = MISTRAL_DEFAULTS | hf
+    return build_config(hf, windows=uniform_windows(hf, whole(hf, "sliding_window", None)))

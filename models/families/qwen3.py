@@ -1,12 +1,31 @@
 """Qwen3 (arXiv:2505.09388): a Llama with an RMS norm on every query and key head."""
 
 from models.config import DecoderConfig
-from models.families.hf_config import build_config, last_layers_sliding, switched_windows
+from models.families.hf_config import (
+    OUTPUT_BIAS,
+    build_config,
+    flag,
+    last_layers_sliding,
+    switched_windows,
+)
+
+QWEN3_DEFAULTS = {  # transformers'
+    "num_key_value_heads": 32,
+    "head_dim": 128,
+    "max_position_embeddings": 32_768,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+}
 
 
 def decoder_config(hf: dict) -> DecoderConfig:
     """Reads a `config.json` with `model_type` "qwen3"; CheckpointError if it is invalid."""
-    bias = hf.get("attention_bias", False)
-    hf = {"sliding_window": 4096, "max_window_layers": 28} | hf  # transformers' defaults
-    windows = switched_windows(hf, last_layers_sliding)
-    return build_config(hf, windows=windows, attention_bias=bias, output_bias=bias, qk_norm="head")
+    hf = QWEN3_DEFAULTS | hf
+    bias = flag(hf, "attention_bias", False)
+    return build_config(
+        hf,
+        windows=switched_windows(hf, last_layers_sliding),
+        attention_bias=bias,
+        output_bias=flag(hf, OUTPUT_BIAS, bias),
+        qk_norm="head",
+    )

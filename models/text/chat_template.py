@@ -52,7 +52,9 @@ def render_chat(
     try:
         syntax = environment.parse(template)
         reads = import_extra("jinja2.meta").find_undeclared_variables(syntax)
-        ignored = sorted(set(variables) - reads)
+        # transformers passes these to every template; None asks for nothing.
+        usual = {name for name in defaults if variables.get(name) is None}
+        ignored = sorted(set(variables) - reads - usual - {"add_generation_prompt"})
         if ignored:  # a misspelt name would otherwise be ignored in silence
             known = ", ".join(sorted(reads - set(environment.globals))) or "none"
             raise jinja2.TemplateError(f"does not read {', '.join(ignored)}, only {known}")

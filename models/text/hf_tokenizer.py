@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from models.errors import CheckpointError, import_extra, read_json_object, read_text
+from models.text.eos_ids import all_eos_ids
 from models.text.tokenizer import Tokenizer, call_tokenizers
 
 
@@ -23,12 +24,15 @@ def read_hf_tokenizer(folder: Path) -> Tokenizer:
         raise CheckpointError(f"{folder}: has no tokenizer.json; give token ids instead.")
     read_text(file)  # explains an unreadable file better than the library does
     backend = call_tokenizers(str(file), import_extra("tokenizers").Tokenizer.from_file, str(file))
+    # Settings of training batches that some files still carry: a prompt is never cut or filled up.
+    backend.no_truncation()
+    backend.no_padding()
     config = _read_optional(folder / "tokenizer_config.json")
     named = _read_optional(folder / "special_tokens_map.json") | config
     special = {k: _token_text(v) for k, v in named.items() if k.endswith("_token")}
     special = {k: v for k, v in special.items() if v is not None}
     _add_listed_tokens(backend, config.get("added_tokens_decoder"), special, str(folder))
-    model = _model_settings(folder)
+    model, eos_ids = _model_settings(folder)
     bos_id = backend.token_to_id(special.get("bos_token", ""))
     if bos_id is None and isinstance(model.get("bos_token_id"), int):
         bos_id = model["bos_token_id"]
@@ -37,13 +41,17 @@ def read_hf_tokenizer(folder: Path) -> Tokenizer:
         adds_bos = backend.encode("a").ids[:1] == [bos_id]
     if adds_bos and bos_id is None:
         raise CheckpointError(f"{folder}: add_bos_token is true, but no bos_token is known.")
-    eos = model.get("eos_token_id", backend.token_to_id(special.get("eos_token", "")))
-    eos_ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
-    if not all(type(i) is int and i >= 0 for i in eos_ids):
-        raise CheckpointError(f"{folder}: eos_token_id must be token ids, not {eos!r}.")
-    template = _chat_template(folder, config)
+    own_eos = backend.token_to_id(special.get("eos_token", ""))
+    if own_eos is not None:
+        eos_ids = [*eos_ids, own_eos]
     return Tokenizer(
-        backend, str(folder), tuple(eos_ids), bos_id, bool(adds_bos), template, special
+        backend,
+        str(folder),
+        tuple(dict.fromkeys(eos_ids)),
+        bos_id,
+        bool(adds_bos),
+        _chat_templates(folder, config),
+        special,
     )
 
 
@@ -51,17 +59,18 @@ def _read_optional(file: Path) -> dict[str, Any]:
     return read_json_object(file) if file.exists() else {}
 
 
-def _model_settings(folder: Path) -> dict[str, Any]:
-    """config.json and generation_config.json as one dict; the latter wins, null counts as absent.
+def _model_settings(folder: Path) -> tuple[dict[str, Any], list[int]]:
+    """config.json and generation_config.json as one dict, and the tokens that end a generation.
 
-    A multimodal model's config.json has the language model's settings in "text_config"; settings
-    beside it win over those inside.
+    The latter file wins, null counts as absent. A multimodal model's config.json has the language
+    model's settings in "text_config"; settings beside it win over those inside.
     """
     whole = _read_optional(folder / "config.json")
-    text = whole.get("text_config")
     generation = _read_optional(folder / "generation_config.json")
+    text = whole.get("text_config")
     parts = (text if isinstance(text, dict) else {}, whole, generation)
-    return {k: v for part in parts for k, v in part.items() if v is not None}
+    settings = {k: v for part in parts for k, v in part.items() if v is not None}
+    return settings, all_eos_ids(str(folder), whole, generation)
 
 
 def _add_listed_tokens(backend: Any, listed: Any, special: Mapping[str, str], source: str) -> None:
@@ -98,20 +107,24 @@ def _add_listed_tokens(backend: Any, listed: Any, special: Mapping[str, str], so
     backend.add_special_tokens([t for t in texts if backend.token_to_id(t) is not None])
 
 
-def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
-    """chat_template.jinja, else the config's template, else the processor's chat_template.json.
+def _chat_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    """The chat templates by name; the usual one is called "default".
 
-    Where there are several templates by name, the one called "default" is taken.
+    chat_template.jinja and the files in additional_chat_templates, else the config's template or
+    list of templates, else the processor's chat_template.json.
     """
     if (folder / "chat_template.jinja").exists():
-        return read_text(folder / "chat_template.jinja")
+        more = sorted((folder / "additional_chat_templates").glob("*.jinja"))
+        files = {"default": folder / "chat_template.jinja"} | {file.stem: file for file in more}
+        return {name: read_text(file) for name, file in files.items()}
     template = config.get("chat_template")
     if template is None:
         template = _read_optional(folder / "chat_template.json").get("chat_template")
     if isinstance(template, list):
-        named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
-        template = named.get("default")
-    return template if isinstance(template, str) else None
+        pairs = [(t.get("name"), t.get("template")) for t in template if isinstance(t, dict)]
+    else:
+        pairs = [("default", template)]
+    return {k: v for k, v in pairs if isinstance(k, str) and isinstance(v, str)}
 
 
 def _token_text(token: Any) -> str | None:

@@ -24,7 +24,7 @@ class Tokenizer:
     eos_ids: tuple[int, ...]  # each of them ends a generation
     bos_id: int | None
     adds_bos: bool  # encode puts bos_id first
-    chat_template: str | None = dataclasses.field(repr=False)
+    chat_templates: Mapping[str, str] = dataclasses.field(repr=False)  # by name: "default", ...
     special_tokens: Mapping[str, str]  # "bos_token", "eos_token", ... for the chat template
 
     @property
@@ -63,10 +63,15 @@ class Tokenizer:
           CheckpointError: there is no chat template, it is broken, refuses these messages, or
             does not read one of `variables`.
         """
-        if self.chat_template is None:
-            raise CheckpointError(f"{self.source}: has no chat template; use a plain prompt.")
+        # Some models have a template of its own for conversations with tools.
+        names = ("tool_use", "default") if variables.get("tools") else ("default",)
+        template = next((self.chat_templates[n] for n in names if n in self.chat_templates), None)
+        if template is None:
+            known = ", ".join(sorted(self.chat_templates))
+            has = f"has only the chat templates {known}" if known else "has no chat template"
+            raise CheckpointError(f"{self.source}: {has}; use a plain prompt.")
         return render_chat(
-            self.chat_template,
+            template,
             messages,
             special_tokens=self.special_tokens,
             source=self.source,

@@ -11,8 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import jaxkv
 from jaxkv import CacheConfig, KVCache, LayerSpec
 from jaxkv.codecs import dequantize_original
+from jaxkv.page_tables import entries
 
 PAGE, BATCH, STEP = 4, 4, 3 * 4  # a step adds up to three pages
 MAX_TOKENS = 46  # no multiple of the page
@@ -215,6 +217,7 @@ class Model:
 
 def check(cache: KVCache, model: Model):
     """Asserts every invariant of pools and tables, and that cache and model say the same."""
+    jaxkv.check(cache)
     cache, contents = jax.device_get((cache, read_all(cache)))
     for name in ("lengths", "pending", "starved", "too_long"):
         assert getattr(cache, name).tolist() == getattr(model, name), name
@@ -230,7 +233,7 @@ def check(cache: KVCache, model: Model):
 
 def check_pool(store):
     pool, spec = store.pool, store.spec
-    named = np.concatenate([store.tables.ring.ravel(), store.tables.sinks.ravel()])
+    named = np.asarray(entries(store.tables)).ravel()
     occurrences = np.bincount(named[named > 0], minlength=spec.pages)
     np.testing.assert_array_equal(pool.references, occurrences)
     free_stack = set(pool.free_stack[: pool.free_pages].tolist())
@@ -244,16 +247,18 @@ def check_pool(store):
 
 def number_of(store, b, logical):
     """Id of a page, which stands in one of two tables."""
-    ring, sinks = store.tables.ring[b], store.tables.sinks[b]
-    return int(sinks[logical] if logical < len(sinks) else ring[logical % len(ring)])
+    ring, pinned = store.tables.ring[b], store.tables.sink_pages
+    if logical < pinned:
+        return int(store.tables.sinks[b, logical])
+    return int(ring[logical % len(ring)])
 
 
 def check_tables(keeps, store, tables, model):
     spec = keeps.spec
     physical = {}  # of each model page: shared iff shared there
     for b, pages in enumerate(tables):
-        entries = np.concatenate([store.tables.ring[b], store.tables.sinks[b]])
-        named = entries[entries != 0].tolist()
+        held = np.asarray(entries(store.tables))[b]
+        named = held[held != 0].tolist()
         assert len(set(named)) == len(named), "a page stands twice in a sequence's tables"
         assert len(named) == len(pages)
         begun = {j // PAGE for j in range(model.lengths[b])}

@@ -11,7 +11,7 @@ from tests.models.text.tiny_tokenizers import byte_fields, byte_tokenizer, piece
     ("pre", "expected"),
     [
         ("gpt-2", [" 1234", "  ", " x", "'ll"]),
-        ("default", [" 1234", "  ", " x", "'ll"]),
+        ("default", [" ", "123", "4", "  ", " x", "'", "ll"]),
         ("smollm", [" ", "1", "2", "3", "4", "  ", " x", "'ll"]),
         ("qwen2", [" ", "1", "2", "3", "4", "  ", " x", "'ll"]),
         ("llama-bpe", [" ", "123", "4", "  ", " x", "'ll"]),

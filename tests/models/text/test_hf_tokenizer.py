@@ -45,12 +45,12 @@ def test_hf_chat_template_is_the_file_then_the_configs_then_the_processors(tmp_p
     ("files", "eos_ids"),
     [
         ({"config": {"eos_token_id": 5}}, (5,)),
-        ({"config": {"eos_token_id": 5}, "generation_config": {"eos_token_id": [6, 7]}}, (6, 7)),
+        ({"config": {"eos_token_id": 5}, "generation_config": {"eos_token_id": [6, 7]}}, (5, 6, 7)),
         ({"config": {"eos_token_id": 5}, "generation_config": {"eos_token_id": None}}, (5,)),
         ({}, ()),
     ],
 )
-def test_hf_eos_ids_come_from_generation_config_first(tmp_path, files, eos_ids):
+def test_hf_eos_ids_are_those_of_all_files(tmp_path, files, eos_ids):
     hf_folder(tmp_path, byte_tokenizer().backend, **files)
     assert read_hf_tokenizer(tmp_path).eos_ids == eos_ids
 
@@ -59,8 +59,8 @@ def test_hf_eos_ids_of_a_multimodal_config_are_its_text_models(tmp_path):
     nested = {"text_config": {"eos_token_id": [1, 5]}}
     folder = hf_folder(tmp_path, gemma_like_backend(), config=nested)
     assert read_hf_tokenizer(folder).eos_ids == (1, 5)
-    hf_folder(tmp_path, gemma_like_backend(), config=nested | {"eos_token_id": 1})
-    assert read_hf_tokenizer(folder).eos_ids == (1,)
+    hf_folder(tmp_path, gemma_like_backend(), config=nested | {"eos_token_id": 3})
+    assert read_hf_tokenizer(folder).eos_ids == (1, 5, 3)
 
 
 @pytest.mark.parametrize("eos", ["</s>", [1, "</s>"], [-1], True, 1.5, {}])

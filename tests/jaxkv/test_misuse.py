@@ -1,0 +1,244 @@
+"""A cache can't be misused in silence: static mistakes raise, the others show in checked mode."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import checkify
+
+import jaxkv
+from jaxkv import CacheConfig, Keep, KVCache, LayerSpec
+
+FULL = LayerSpec(kv_heads=1, head_dim=8, dtype="float32")
+WINDOW = dataclasses.replace(FULL, window=5, sink_tokens=3)
+HEADS = dict(q=2, k=1, v=1)
+
+
+def config(*layers, **sizes):
+    sizes = dict(batch=3, max_tokens=64, max_new_tokens=8, page_size=4) | sizes
+    return CacheConfig(layers=layers or (FULL, FULL), **sizes)
+
+
+def vectors(tokens=8, batch=3, dtype=jnp.float32):
+    shape = lambda heads: (batch, tokens, heads, 8)
+    rng = np.random.default_rng(tokens)
+    return [jnp.asarray(rng.normal(size=shape(n)), dtype) for n in HEADS.values()]
+
+
+def attend_all(cache, tokens=8):
+    for layer in range(len(cache.config.layers)):
+        cache, _ = cache.attend(layer, *vectors(tokens))
+    return cache
+
+
+def leaves(cache):
+    return [np.asarray(x) for x in jax.tree.leaves(cache)]
+
+
+@pytest.mark.parametrize("codec", ["exact", "int8", "tq4"])
+def test_to_prepare_twice_is_to_prepare_the_second_time(codec):
+    layers = [dataclasses.replace(spec, codec=codec) for spec in (FULL, WINDOW)]
+    cache = KVCache.create(config(*layers, pages=9))
+    cache = attend_all(cache.prepare([5, 0, 2])).commit([5, 0, 2])
+    for first in ([8, 8, 8], [1, 0, 3], [99, 0, 0]):
+        twice = cache.prepare(first).prepare([3, 8, 0])
+        once = cache.prepare([3, 8, 0])
+        jaxkv.check(twice)
+        assert twice.pages_in_use.tolist() == once.pages_in_use.tolist()
+        for name in ("pending", "starved", "too_long"):
+            assert getattr(twice, name).tolist() == getattr(once, name).tolist()
+    ended = twice.commit(twice.pending).free([True, True, True])
+    jaxkv.check(ended)
+    assert not ended.pages_in_use.any()
+
+
+def test_calls_in_the_wrong_order_raise():
+    cache = KVCache.create(config())
+    with pytest.raises(ValueError, match="attend needs a prepared step"):
+        cache.attend(0, *vectors())
+    with pytest.raises(ValueError, match="commit needs a prepared step"):
+        cache.commit([1, 1, 1])
+    with pytest.raises(ValueError, match="fork belongs between steps"):
+        cache.prepare([1, 1, 1]).fork(0, 1)
+    committed = cache.prepare([1, 0, 0]).commit([0, 0, 0])
+    with pytest.raises(ValueError, match="attend needs a prepared step"):
+        jax.jit(lambda cache: cache.attend(0, *vectors()))(committed)
+
+
+PREPARED = KVCache.create(config()).prepare([8, 8, 8])
+MIXED = KVCache.create(config(FULL, WINDOW)).prepare([8, 8, 8])
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: PREPARED.prepare(1), r"new_tokens must be whole numbers.*int32\[\]"),
+        (lambda: PREPARED.prepare([1, 2]), r"new_tokens must be whole.*i32\[3\]: it is int32\[2\]"),
+        (lambda: PREPARED.prepare([1.0, 2.0, 3.0]), "new_tokens must be whole.*float32"),
+        (lambda: PREPARED.prepare("all"), "new_tokens must be an array, not str 'all'"),
+        (lambda: PREPARED.commit([True] * 3), r"accepted must be whole numbers.*bool\[3\]"),
+        (lambda: PREPARED.free(0), r"mask must be true or false.*int32\[\]"),
+        (lambda: PREPARED.free([0, 1, 1]), r"mask must be true or false.*int32\[3\]"),
+        (lambda: PREPARED.free([0, 2]), r"mask must be true or false.*int32\[2\]"),
+        (lambda: KVCache.create(config()).fork(0.0, 1), "src must be the number of a sequence"),
+        (lambda: KVCache.create(config()).fork(0, [True]), "dst must be the number"),
+        (lambda: KVCache.create((FULL,)), "config must be a CacheConfig, not tuple"),
+        (lambda: PREPARED.attend(2, *vectors()), "layer=2 must be a whole number below 2"),
+        (lambda: PREPARED.attend(-1, *vectors()), "layer=-1 must be"),
+        (lambda: PREPARED.attend(1.0, *vectors()), "layer=1.0 must be"),
+        (lambda: PREPARED.attend(True, *vectors()), "layer=True must be"),
+        (lambda: PREPARED.attend((0, 99), *vectors()), r"layer=\(0, 99\): the index must be below"),
+        (lambda: PREPARED.attend((-1, 0), *vectors()), "group of the layer=-1"),
+        (lambda: PREPARED.attend((1, 0), *vectors()), r"layer=\(1, 0\): the group must be below 1"),
+        (lambda: PREPARED.attend((0, 0, 0), *vectors()), "must be a number or"),
+        (lambda: PREPARED.attend(jnp.float32(1), *vectors()), "layer is float32"),
+        (lambda: PREPARED.attend(jnp.arange(2), *vectors()), r"layer is int32\[2\]"),
+        (lambda: MIXED.attend(jnp.int32(0), *vectors()), "the cache has 2 groups of layers: give"),
+        (lambda: PREPARED.attend(0, *vectors(dtype=jnp.int32)), "q.dtype=int32 must be a float"),
+        (lambda: PREPARED.attend(0, *vectors(dtype=bool)), "q.dtype=bool must be a float type"),
+        (lambda: PREPARED.attend(0, *vectors(dtype=complex)), "q.dtype=complex64 must be"),
+        (lambda: PREPARED.attend(0, *vectors(0)), "has no token"),
+        (lambda: PREPARED.attend(0, *vectors(), soft_cap=0), "soft_cap=0 must be a number above 0"),
+        (lambda: PREPARED.attend(0, *vectors(), scale=float("nan")), "scale=nan must be a number"),
+    ],
+)
+def test_static_mistakes_are_one_line(call, message):
+    with pytest.raises(ValueError, match=message) as error:
+        call()
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [("window", "128"), ("window", True), ("window", 2**31), ("window", 1.5), ("codec", None),
+     ("codec", jaxkv.codecs.KVCodec), ("dtype", "float64"), ("dtype", 7), ("dtype", None),
+     ("kv_heads", 0), ("head_dim", 2.0), ("sink_tokens", -1)],
+)  # fmt: skip
+def test_bad_layers_are_named(field, value):
+    with pytest.raises(ValueError, match=f"{field}=.* must be"):
+        dataclasses.replace(WINDOW, **{field: value}).checked()
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [("pages", (5, 6)), ("pages", 1), ("batch", True), ("max_tokens", "9"), ("page_size", 4.0),
+     ("platform", "cuda"), ("max_new_tokens", 2**31), ("layers", [FULL]), ("layers", ("exact",))],
+)  # fmt: skip
+def test_bad_configurations_are_named(field, value):
+    with pytest.raises(ValueError, match=field):
+        dataclasses.replace(config(), **{field: value}).checked()
+
+
+def test_a_configuration_equals_itself_checked_and_takes_every_name_of_a_type():
+    assert config() == config().checked()
+    for dtype in (jnp.bfloat16, "bfloat16", jnp.dtype("bfloat16"), np.dtype(jnp.bfloat16)):
+        spec = LayerSpec(kv_heads=1, head_dim=8, dtype=dtype)
+        assert spec == LayerSpec(kv_heads=1, head_dim=8) and spec.dtype == "bfloat16"
+        assert Keep(dtype=dtype) == Keep(dtype="bfloat16")
+
+
+def test_too_few_key_means_are_named():
+    codec = dataclasses.replace(jaxkv.codecs.get_codec("tq4"), key_mean="static")
+    layers = [dataclasses.replace(FULL, codec=codec)] * 2
+    for means in ([np.zeros((1, 8))], 3):
+        with pytest.raises(ValueError, match="key_means must be a list with one entry per layer"):
+            KVCache.create(config(*layers), key_means=means)
+
+
+def test_forks_out_of_range_do_nothing():
+    cache = attend_all(KVCache.create(config()).prepare([5, 2, 0])).commit([5, 2, 0])
+    for src, dst in ((0, 3), (0, -1), (3, 1), (-1, 1), ([0, 1], [7, 1])):
+        forked = cache.fork(src, dst)
+        jaxkv.check(forked)
+        for before, after in zip(leaves(cache), leaves(forked), strict=True):
+            np.testing.assert_array_equal(before, after)
+
+
+def test_a_traced_layer_is_served_where_one_group_holds_all():
+    def step(cache, layer):
+        return cache.attend(layer, *vectors())
+
+    stepped = jax.lax.scan(step, PREPARED, jnp.arange(2))[0]
+    for a, b in zip(leaves(stepped), leaves(attend_all(PREPARED)), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("codec", ["exact", "int8", "fp8_e4m3"])
+@pytest.mark.parametrize("jit", [True, False])
+def test_gradients_are_refused_in_one_sentence(codec, jit):
+    cache = KVCache.create(config(dataclasses.replace(FULL, codec=codec))).prepare([8, 8, 8])
+    loss = lambda k: cache.attend(0, vectors()[0], k, vectors()[2])[1].sum()
+    loss = jax.jit(loss) if jit else loss
+    with pytest.raises(NotImplementedError, match="inference only: it has no gradient"):
+        jax.grad(loss)(vectors()[1])
+
+
+def checked(step, *args):
+    """What checked mode says about a step; None if nothing."""
+    error, _ = checkify.checkify(step)(*args)
+    return error.get()
+
+
+def test_checked_mode_finds_what_depends_on_data():
+    cache = KVCache.create(config(pages=5))
+
+    def step(cache, new, accepted, tokens=8, layers=2):
+        cache = cache.prepare(new)
+        for layer in range(layers):
+            cache, _ = cache.attend((0, jnp.int32(layer)), *vectors(tokens))
+        return cache.commit(accepted)
+
+    ones = jnp.ones(3, jnp.int32)
+    assert checked(step, cache, ones, ones) is None
+    assert checked(step, cache, 8 * ones, jnp.int32([8, 8, 0])) is None
+    assert "see starved and too_long" in checked(step, cache, 8 * ones, 8 * ones)
+    assert "see starved and too_long" in checked(step, cache, 9 * ones, ones)
+    assert "q has 1" in checked(lambda *a: step(*a, tokens=1), cache, 2 * ones, ones)
+    assert "1 layers were attended" in checked(lambda *a: step(*a, layers=1), cache, ones, ones)
+    assert "layer 2 is out of range" in checked(lambda *a: step(*a, layers=3), cache, ones, ones)
+    fork = lambda src, dst: checked(KVCache.fork, cache, jnp.int32(src), jnp.int32(dst))
+    assert fork([0, 1], [1, 2]) is None
+    assert "names a sequence twice" in fork([0, 1], [2, 2])
+    assert "src=" in fork([5], [1])
+
+
+def broken(cache, **changes):
+    """The cache with the first store's pool or tables changed."""
+    store = cache.stores[0]
+    pool = dataclasses.replace(store.pool, **changes.pop("pool", {}))
+    tables = dataclasses.replace(store.tables, **changes.pop("tables", {}))
+    store = dataclasses.replace(store, pool=pool, tables=tables)
+    return dataclasses.replace(cache, stores=(store, *cache.stores[1:]), **changes)
+
+
+def test_check_names_what_is_broken():
+    cache = KVCache.create(config(WINDOW, FULL)).prepare([8, 0, 3])
+    cache = attend_all(cache).commit([8, 0, 3])
+    jaxkv.check(cache)
+    pool, ring, sinks = (
+        cache.stores[0].pool,
+        cache.stores[0].tables.ring,
+        cache.stores[0].tables.sinks,
+    )
+    page = int(sinks[0, 0])
+    height = int(pool.free_pages)
+    for change, message in [
+        (dict(lengths=jnp.int32([8, 0, 65])), "sequence 2: 65 tokens and 0 pending must be 0 to 64"),
+        (dict(lengths=jnp.int32([8, 2, 3])), "sequence 1: slot 0 of its sinks must hold a page"),
+        (dict(lengths=jnp.int32([8, 0, 0])), "sequence 2: slot 0 of its sinks must be empty"),
+        (dict(pending=jnp.int32([0, 1, 0])), "sequence 1: 1 tokens are pending, and no step"),
+        (dict(pool=dict(references=pool.references.at[page].set(2))), f"page {page} is counted 2"),
+        (dict(pool=dict(free_stack=pool.free_stack.at[0].set(pool.free_stack[1]))), "is free twice"),
+        (dict(pool=dict(free_stack=pool.free_stack.at[0].set(page))), f"page {page} is free, and 1"),
+        (dict(pool=dict(free_stack=pool.free_stack.at[0].set(0))), "pages 0 to .* are free"),
+        (dict(pool=dict(free_pages=jnp.int32(height - 1))), "1 pages are lost"),
+        (dict(pool=dict(free_pages=jnp.int32(99))), "free_pages=99 must be 0 to"),
+        (dict(tables=dict(ring=ring.at[1, 0].set(page))), f"page {page} is counted 1 times"),
+        (dict(tables=dict(sinks=sinks.at[0, 0].set(999))), "tables name page 999"),
+    ]:  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            jaxkv.check(broken(cache, **change))
+    with pytest.raises(ValueError, match="call it outside of jit"):
+        jax.jit(lambda cache: jaxkv.check(cache))(cache)
