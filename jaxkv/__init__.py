@@ -13,6 +13,8 @@ from jaxkv.key_means import fit_key_means as fit_key_means
 from jaxkv.model import Model as Model
 from jaxkv.plan import plan as plan
 from jaxkv.sampling import Sampling as Sampling
+from jaxkv.save import load_cache as load_cache
+from jaxkv.save import save_cache as save_cache
 from jaxkv.sizes import Sizes as Sizes
 from jaxkv.spec import LayerSpec as LayerSpec
 from jaxkv.stop_text import StopText as StopText

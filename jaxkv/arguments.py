@@ -1,5 +1,6 @@
 """Checks of arguments that people pass: what kind of value each is, in one line where it is not."""
 
+import math
 import numbers
 from typing import Any
 
@@ -16,6 +17,37 @@ def check_whole(name: str, value: object, *, least: int) -> int:
     if not whole or not least <= int(value) <= MOST_INT:  # type: ignore[call-overload]
         raise ValueError(f"{name}={value!r} must be a whole number, at least {least}, below 2**31.")
     return int(value)  # type: ignore[call-overload]
+
+
+def check_number(name: str, value: object, *, positive: bool) -> None:
+    """ValueError unless a number is finite, and above 0 if it must be; of arrays, one float."""
+    rule = "a finite number above 0" if positive else "a finite number"
+    if isinstance(value, jax.Array | np.ndarray):
+        if value.ndim or not jnp.issubdtype(value.dtype, jnp.floating):
+            raise ValueError(f"{name} must be {rule}, not {_kind(value)}.")
+        return
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or (positive and value <= 0):
+        raise ValueError(f"{name}={value!r} must be {rule}.")
+
+
+def check_floats(**arrays: object) -> None:
+    """ValueError unless each is an array of real floats; None, for one left out, passes."""
+    for name, value in arrays.items():
+        if value is None:
+            continue
+        if not isinstance(value, jax.Array | np.ndarray):
+            raise ValueError(f"{name} must be an array, not {shown(value)}.")
+        if not jnp.issubdtype(value.dtype, jnp.floating):
+            raise ValueError(f"{name}.dtype={value.dtype} must be a float type.")
+
+
+def shown(value: object) -> str:
+    """A value in a message: arrays by dtype and shape, others shortened to a few words."""
+    if isinstance(value, jax.Array | np.ndarray):
+        return _kind(value)
+    text = repr(value).replace("\n", " ")
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def float_name(name: str, value: Any) -> str:
@@ -41,37 +73,60 @@ def counts(name: str, value: Any, batch: int) -> jax.Array:
         raise ValueError(
             f"{name} must be whole numbers, one per sequence, i32[{batch}]: {_is(array)}"
         )
-    return array.astype(jnp.int32)
+    return _as_i32(array)
 
 
 def mask(name: str, value: Any, batch: int) -> jax.Array:
     """`bool[batch]` from an array or list; ValueError for anything else (sequences' numbers)."""
     array = _array(name, value)
-    if array.shape != (batch,) or array.dtype != jnp.bool:
+    if array.shape != (batch,) or array.dtype != np.bool_:
         raise ValueError(
             f"{name} must be true or false for each sequence, bool[{batch}]: {_is(array)}"
         )
-    return array
+    return jnp.asarray(array)
 
 
 def sequence_numbers(name: str, value: Any) -> jax.Array:
     """`i32[n]` from an int or whole numbers; ValueError for anything else."""
-    array = jnp.atleast_1d(_array(name, value))
+    array = _array(name, value)
+    array = array.reshape(1) if array.ndim == 0 else array
     if array.ndim != 1 or not jnp.issubdtype(array.dtype, jnp.integer):
         raise ValueError(
             f"{name} must be the number of a sequence, or several, i32[n]: {_is(array)}"
         )
-    return array.astype(jnp.int32)
+    return _as_i32(array)
 
 
-def _array(name: str, value: Any) -> jax.Array:
-    if isinstance(value, jax.Array | np.ndarray | np.generic | numbers.Number | list | tuple):
+def _array(name: str, value: Any) -> jax.Array | np.ndarray:
+    """The value as an array, not yet on a device, which would wrap integers of 64 bits."""
+    if isinstance(value, jax.Array | np.ndarray):
+        return value
+    if isinstance(value, np.generic | numbers.Number | list | tuple):
         try:
-            return jnp.asarray(value)
+            array = np.asarray(value)
+            if array.dtype != object:
+                return array
+        except ValueError:  # a list of lists of unequal lengths
+            pass
+        try:
+            return jnp.asarray(value)  # a list of JAX's numbers
         except (TypeError, ValueError, OverflowError):
             pass
     raise ValueError(f"{name} must be an array, not {type(value).__name__} {str(value)[:40]!r}.")
 
 
-def _is(array: jax.Array) -> str:
-    return f"it is {array.dtype}{list(array.shape)}."
+def _as_i32(array: jax.Array | np.ndarray) -> jax.Array:
+    """Integers as int32; those beyond its range become its ends, as 0 would be another meaning."""
+    if array.dtype == np.int32:
+        return jnp.asarray(array)
+    info, numpy = jnp.iinfo(array.dtype), jnp if isinstance(array, jax.Array) else np
+    low, high = max(int(info.min), -MOST_INT - 1), min(int(info.max), MOST_INT)
+    return jnp.asarray(numpy.clip(array, low, high).astype(np.int32))  # type: ignore[arg-type]
+
+
+def _is(array: jax.Array | np.ndarray) -> str:
+    return f"it is {_kind(array)}."
+
+
+def _kind(array: jax.Array | np.ndarray) -> str:
+    return f"{array.dtype}{list(array.shape)}"

@@ -10,7 +10,6 @@ it is not used, and by `jaxkv.check(cache)` on the host.
 """
 
 import dataclasses
-import math
 from collections.abc import Sequence
 
 import jax
@@ -18,11 +17,13 @@ import jax.numpy as jnp
 from jax.experimental import checkify
 
 from jaxkv.allocator import NULL_PAGE
-from jaxkv.arguments import counts, sequence_numbers
+from jaxkv.arguments import check_floats, check_number, counts, sequence_numbers, shown
 from jaxkv.arguments import mask as read_mask
 from jaxkv.attend import attend_stores
-from jaxkv.config import CacheConfig, Layer, LayerGroup
+from jaxkv.config import CacheConfig, Layer
+from jaxkv.inference_only import inference_only
 from jaxkv.page_tables import entries, look_up
+from jaxkv.static_means import static_means
 from jaxkv.store import Committed, Fork, NewTokens, Store, create_store
 from pallas_kernels.backends import Backend
 from pallas_kernels.segment import Queries
@@ -39,7 +40,9 @@ class KVCache:
     pending: jax.Array  # i32[batch], tokens prepared and not yet committed
     starved: jax.Array  # bool[batch], whether the last prepare or fork lacked pages for it
     too_long: jax.Array  # bool[batch], whether the last prepare asked for too many tokens
-    attended: jax.Array  # i32[], layers attended since prepare; read in checked mode alone
+    # i32[layers], times that each was attended since prepare, group after group; only the checked
+    # mode reads it
+    attended: jax.Array
     config: CacheConfig = dataclasses.field(metadata=dict(static=True))
     # Whether a step is prepared and not yet committed. Static, so that a call in the wrong order
     # raises when it is traced.
@@ -60,19 +63,19 @@ class KVCache:
           ValueError: the configuration is not valid, or key means are missing or misshapen.
         """
         if not isinstance(config, CacheConfig):
-            raise ValueError(f"config must be a CacheConfig, not {type(config).__name__}.")
+            raise ValueError(f"config must be a CacheConfig, not {shown(config)}.")
         config.checked()
         # No array is used twice: JAX refuses to donate a state that holds the same buffer twice.
         return cls(
             stores=tuple(
                 create_store(store, config.batch, mean)
-                for store, mean in zip(config.stores, _static_means(config, key_means), strict=True)
+                for store, mean in zip(config.stores, static_means(config, key_means), strict=True)
             ),
             lengths=jnp.zeros(config.batch, jnp.int32),
             pending=jnp.zeros(config.batch, jnp.int32),
             starved=jnp.zeros(config.batch, bool),
             too_long=jnp.zeros(config.batch, bool),
-            attended=jnp.int32(0),
+            attended=jnp.zeros(len(config.layers), jnp.int32),
             config=config,
         )
 
@@ -166,6 +169,11 @@ class KVCache:
         if not self.prepared:
             raise ValueError("attend needs a prepared step: call prepare(new_tokens) before it.")
         number, index = self.config.place(layer)
+        check_floats(q=q, k=k, v=v, sink_logits=sink_logits, q_sink=q_sink)
+        if soft_cap is not None:
+            check_number("soft_cap", soft_cap, positive=True)
+        if scale is not None:
+            check_number("scale", scale, positive=False)
         group = self.config.groups[number]
         spec, dims = group.spec, self.stores[group.stores[0]].pages.dims
         sizes = bind_dims(
@@ -179,14 +187,8 @@ class KVCache:
         for name in ("kv_heads", "head_dim"):
             if sizes[name] != dims[name]:
                 raise ValueError(f"k.shape={k.shape}: {name} must be {dims[name]}.")
-        for name, array in dict(q=q, k=k, v=v, q_sink=q_sink, sink_logits=sink_logits).items():
-            if array is not None and not jnp.issubdtype(array.dtype, jnp.floating):
-                raise ValueError(f"{name}.dtype={array.dtype} must be a float type.")
-        for name, bound in dict(scale=scale, soft_cap=soft_cap).items():
-            if bound is not None and not (isinstance(bound, int | float) and 0 < bound < math.inf):
-                raise ValueError(f"{name}={bound!r} must be a number above 0, or None.")
-        if sizes["tokens"] == 0:
-            raise ValueError(f"{q.shape=} has no token: tokens must be at least 1.")
+        if sizes["tokens"] == 0 or sizes["q_heads"] == 0:
+            raise ValueError(f"{q.shape=} has no token or no head: it must have at least 1.")
         checkify.debug_check(
             jnp.all(self.pending <= sizes["tokens"]),
             "attend: sequences have {pending} prepared tokens, and q has " + f"{sizes['tokens']}",
@@ -199,7 +201,7 @@ class KVCache:
         if (q_sink is None) != (spec.q_sink_limit is None):
             wanted = "not taken" if spec.q_sink_limit is None else "needed"
             raise ValueError(f"q_sink is {wanted} with sink_positions={spec.sink_positions!r}.")
-        q, k, v = _inference_only(q, k, v)
+        q, k, v, sink_logits, q_sink = inference_only((q, k, v, sink_logits, q_sink))
         stores = list(self.stores)
         new = NewTokens(k, v, self.lengths, self.pending)
         for own in group.stores:
@@ -217,7 +219,8 @@ class KVCache:
         )
         for own in group.stores:
             stores[own] = stores[own].after_reading(out)
-        cache = dataclasses.replace(self, stores=tuple(stores), attended=self.attended + 1)
+        attended = self.attended + self.config.marks(number, index)
+        cache = dataclasses.replace(self, stores=tuple(stores), attended=attended)
         return cache, out.astype(q.dtype)
 
     def commit(self, accepted: jax.Array, *, _check: bool = True) -> "KVCache":
@@ -237,11 +240,13 @@ class KVCache:
             raise ValueError("commit needs a prepared step: call prepare(new_tokens) before it.")
         accepted = counts("accepted", accepted, self.config.batch)
         if _check:
-            layers = len(self.config.layers)
+            wrong = jnp.argmax(self.attended != 1)
+            order = [layer for group in self.config.groups for layer in group.layers]
             checkify.debug_check(
-                (self.attended == layers) | ~jnp.any(self.pending > 0),
-                "commit: {attended} layers were attended since prepare, of " + str(layers),
-                attended=self.attended,
+                (self.attended[wrong] == 1) | ~jnp.any(self.pending > 0),
+                "commit: layer {layer} was attended {times} times since prepare",
+                layer=jnp.asarray(order, jnp.int32)[wrong],
+                times=self.attended[wrong],
             )
             checkify.debug_check(
                 jnp.all(accepted <= self.pending),
@@ -352,44 +357,3 @@ class KVCache:
     def bytes_reserved(self) -> int:
         """Bytes of every array of the cache."""
         return sum(x.nbytes for x in jax.tree.leaves(self))
-
-
-@jax.custom_jvp
-def _inference_only(q: jax.Array, k: jax.Array, v: jax.Array):
-    """Its arguments; raises where a derivative is asked for."""
-    return q, k, v
-
-
-@_inference_only.defjvp
-def _refuse_gradient(primals, tangents):
-    """Raises: writes of pages have no gradient, and codes would give one of 0 in silence."""
-    raise NotImplementedError("KVCache.attend is for inference only: it has no gradient.")
-
-
-def _static_means(
-    config: CacheConfig, key_means: Sequence[jax.Array] | None
-) -> list[jax.Array | None]:
-    """The static means of each store, `f16[layers, 1, kv_heads, head_dim]`; None without them."""
-    means: list[jax.Array | None] = [None] * len(config.stores)
-    for group in config.groups:
-        if group.spec.kv_codec.key_mean == "static":
-            means[group.stores[-1]] = _stored_means(group, key_means)
-    return means
-
-
-def _stored_means(group: LayerGroup, key_means: Sequence[jax.Array] | None) -> jax.Array:
-    """A group's means as stored: rotated, float16."""
-    shape, codec = (group.spec.kv_heads, group.spec.head_dim), group.spec.kv_codec
-    if key_means is None:
-        raise ValueError(
-            f"codec {codec.name!r} removes a static key mean, and key_means=None: fit them with "
-            "jaxkv.fit_key_means (scripts/fit_key_means.py), or use key_mean='page' or None."
-        )
-    if not isinstance(key_means, Sequence) or len(key_means) <= max(group.layers):
-        have = len(key_means) if isinstance(key_means, Sequence) else type(key_means).__name__
-        raise ValueError(f"key_means must be a list with one entry per layer: {have}.")
-    own = [jnp.asarray(key_means[layer]) for layer in group.layers]
-    for layer, mean in zip(group.layers, own, strict=True):
-        if mean.shape != shape:
-            raise ValueError(f"key_means[{layer}].shape={mean.shape} must be {shape}.")
-    return codec.stored_mean(jnp.stack(own))[:, None]

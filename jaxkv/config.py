@@ -3,9 +3,11 @@
 import dataclasses
 import functools
 import numbers
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import checkify
 
 from jaxkv.arguments import check_whole
@@ -228,11 +230,11 @@ class CacheConfig:
         if isinstance(layer, tuple):
             if len(layer) != 2:
                 raise ValueError(f"{layer=} must be a number or (group, index).")
-            group, index = layer
+            group, index = map(_as_int, layer)
             check_whole("group of the layer", group, least=0)
             if group >= len(self.groups):
                 raise ValueError(f"{layer=}: the group must be below {len(self.groups)}.")
-        elif isinstance(layer, jax.Array):
+        elif isinstance(layer := _as_int(layer), jax.Array):
             group, index = 0, layer
             if len(self.groups) > 1:
                 raise ValueError(
@@ -253,3 +255,20 @@ class CacheConfig:
         if index >= layers:
             raise ValueError(f"{layer=}: the index must be below {layers}.")
         return group, index
+
+    def marks(self, group: int, index: int | jax.Array) -> jax.Array:
+        """1 at a layer's place among the layers of all groups, in order of groups; `i32[layers]`.
+
+        Of a static index it is a constant, which XLA folds: a step pays for it in no loop.
+        """
+        before = sum(len(other.layers) for other in self.groups[:group])
+        place = np.arange(len(self.layers), dtype=np.int32)
+        return jnp.asarray(place == before + index).astype(jnp.int32)
+
+
+def _as_int(value: Any) -> Any:
+    """An integer in an array whose value is known as an int; anything else as it is."""
+    known = isinstance(value, jax.Array | np.ndarray) and not isinstance(value, jax.core.Tracer)
+    if known and value.ndim == 0 and jnp.issubdtype(value.dtype, jnp.integer):
+        return int(value)
+    return value

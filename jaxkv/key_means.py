@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxkv.arguments import check_whole
+from jaxkv.arguments import check_whole, shown
 from jaxkv.cache import KVCache
 from jaxkv.config import CacheConfig
 from jaxkv.keep import Keep
@@ -29,8 +29,11 @@ def fit_key_means(model: Model, tokens: Sequence[int], *, chunk: int = 256) -> l
       `f32[kv_heads, head_dim]` for each layer: `key_means` of `KVCache.create` and `generate`.
 
     Raises:
-      ValueError: fewer than two tokens.
+      ValueError: fewer than two tokens, or something else than token ids.
     """
+    ids = np.asarray(tokens)
+    if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer) or (ids < 0).any():
+        raise ValueError(f"tokens must be a flat sequence of token ids, not {shown(tokens)}.")
     if len(tokens) < 2:
         raise ValueError(f"tokens has {len(tokens)}: at least 2 are needed.")
     check_whole("chunk", chunk, least=1)

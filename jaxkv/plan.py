@@ -24,6 +24,7 @@ def plan(config: CacheConfig) -> Plan:
     Raises:
       ValueError: the configuration is not valid.
     """
+    config.checked()
     means = [jnp.zeros((spec.kv_heads, spec.head_dim)) for spec in config.layers]
     abstract = jax.eval_shape(lambda: KVCache.create(config, key_means=means))
     of_group = lambda group: _bytes([abstract.stores[number] for number in group.stores])
