@@ -13,10 +13,13 @@ MOST_INT = 2**31 - 1  # counts, positions and token ids are int32
 
 def check_whole(name: str, value: object, *, least: int) -> int:
     """The value as an int; ValueError unless it is a whole number from `least` to 2**31 - 1."""
-    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    if not whole or not least <= int(value) <= MOST_INT:  # type: ignore[call-overload]
-        raise ValueError(f"{name}={value!r} must be a whole number, at least {least}, below 2**31.")
-    return int(value)  # type: ignore[call-overload]
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise ValueError(f"{name}={shown(value)} must be a whole number, at least {least}.")
+    if value < least:
+        raise ValueError(f"{name}={value} must be at least {least}.")
+    if value > MOST_INT:
+        raise ValueError(f"{name}={shown(value)} must be below 2**31.")
+    return int(value)
 
 
 def check_number(name: str, value: object, *, positive: bool) -> None:

@@ -108,13 +108,13 @@ def _ropes(hf: dict) -> tuple[dict, dict]:
     """Parameters of Gemma 3's rotation of full and of sliding layers, from new or old keys."""
     new = hf.get("rope_parameters")
     if isinstance(new, dict) and set(new) & {FULL, SLIDING}:
+        if unknown := set(new) - {FULL, SLIDING}:
+            raise CheckpointError(f"config.json: rope_parameters has {sorted(unknown)}.")
         if hf.get("rope_scaling"):
             raise CheckpointError(
                 "config.json: rope_scaling beside rope_parameters of both kinds of layers: "
                 "put it into those of full_attention."
             )
-        if unknown := set(new) - {FULL, SLIDING}:
-            raise CheckpointError(f"config.json: rope_parameters has {sorted(unknown)}.")
         read = lambda kind, theta: rope_parameters({"rope_parameters": new.get(kind)}, theta=theta)
         return read(FULL, GLOBAL_THETA), read(SLIDING, LOCAL_THETA)
     # In older files the scaling applies to the full layers alone.

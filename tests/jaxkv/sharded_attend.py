@@ -60,7 +60,9 @@ def main(codec: str):
         page_size=8,
     )
     whole = split = KVCache.create(config)
-    specs, heads = cache_specs(whole), P(None, None, "heads")
+    # A prepared cache is another kind of pytree than one between steps.
+    prepared = jax.eval_shape(lambda: whole.prepare(jnp.zeros(BATCH, jnp.int32)))
+    specs, heads = cache_specs(prepared), P(None, None, "heads")
     mesh = Mesh(np.array(jax.devices()), ("heads",))
     sharded = jax.shard_map(
         attend,

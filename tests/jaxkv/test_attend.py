@@ -100,6 +100,7 @@ def test_padding_rows_are_exactly_zero():
 def test_bad_calls_name_the_value():
     spec = LayerSpec(kv_heads=2, head_dim=8, dtype="float32")
     cache = KVCache.create(CacheConfig(layers=(spec,), batch=1, max_tokens=16, max_new_tokens=2))
+    cache = cache.prepare(jnp.int32([1]))
     q, k = jnp.zeros((1, 3, 4, 8)), jnp.zeros((1, 3, 2, 8))
     with pytest.raises(ValueError, match="tokens=3 must be at most"):
         cache.attend(0, q, k, k)

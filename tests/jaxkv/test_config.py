@@ -21,8 +21,8 @@ def make_config(*layers, **options):
 BAD_LAYERS = [
     (dict(kv_heads=0), "kv_heads=0 must be at least 1."),
     (dict(head_dim=-3), "head_dim=-3 must be at least 1."),
-    (dict(window=0), "window=0 must be at least 1, or None for all tokens."),
-    (dict(sink_tokens=-1), "sink_tokens=-1 must not be negative."),
+    (dict(window=0), "window=0 must be at least 1."),
+    (dict(sink_tokens=-1), "sink_tokens=-1 must be at least 0."),
     (dict(sink_positions="absolute"), "sink_positions='absolute': 'original' or 'cache'."),
     (
         dict(window=None, sink_positions="cache"),
@@ -31,7 +31,6 @@ BAD_LAYERS = [
     (dict(dtype="float64"), "dtype='float64' must be bfloat16, float16 or float32."),
     (dict(dtype="int8"), "dtype='int8' must be bfloat16, float16 or float32."),
     (dict(dtype="float"), "dtype='float' must be bfloat16, float16 or float32."),
-    (dict(dtype="half"), "dtype='half' must be bfloat16, float16 or float32."),
 ]
 BAD_CACHES = [
     (dict(layers=()), "layers=() must name at least one layer."),
@@ -40,14 +39,14 @@ BAD_CACHES = [
     (dict(page_size=-8), "page_size=-8 must be at least 1."),
     (dict(max_tokens=0), "max_tokens=0 must be at least 1."),
     (dict(max_tokens=None), "max_tokens=None needs a window in every layer."),
-    (dict(pages=1), "pages=1 must be at least 2: the null page and one more."),
+    (dict(pages=1), "pages=1 must be at least 2."),
 ]
 
 
 @pytest.mark.parametrize("changes, message", BAD_LAYERS)
 def test_bad_layer_is_named_in_one_line(changes, message):
-    spec = dataclasses.replace(WINDOWED, **changes)
-    for refuses in (spec.checked, lambda: KVCache.create(make_config(FULL, spec))):
+    spec = lambda: dataclasses.replace(WINDOWED, **changes)  # a wrong dtype raises here already
+    for refuses in (lambda: spec().checked(), lambda: KVCache.create(make_config(FULL, spec()))):
         with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
             refuses()
 
@@ -67,7 +66,7 @@ def test_codec_that_is_not_there_is_named():
 
 @pytest.mark.parametrize("layer", [-1, 3])
 def test_layer_that_is_not_there_is_named(layer):
-    with pytest.raises(ValueError, match=f"^layer={layer} must be below 3.$"):
+    with pytest.raises(ValueError, match=f"^layer={layer} must be a whole number below 3.$"):
         make_config(FULL, WINDOWED, FULL).locate(layer)
 
 

@@ -143,6 +143,7 @@ def test_config_is_read_from_metadata(tmp_path):
         "rms_norm_eps": 1e-5,  # and not float32's 9.99999974e-06
         "rope_parameters": {"rope_type": "default", "rope_theta": 50000.0},
         "attention_bias": False,
+        "attention_output_bias": False,
         "mlp_bias": False,
         "sliding_window": None,
         "tie_word_embeddings": True,
