@@ -7,6 +7,7 @@ process only, so that an installed jaxkv takes no top-level name as common as th
 
 import ast
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +19,15 @@ OURS = ("jaxkv", "jaxkv_commands", "models", "pallas_kernels", "scripts")
 def main(args: Sequence[str] | None = None) -> None:
     """Runs the subcommand that `args` names (None: those of the command line), and exits."""
     args = list(sys.argv[1:] if args is None else args)
-    root = scripts_root()
+    try:
+        dispatch(args, scripts_root())
+    except BrokenPipeError:  # the reader of our output has gone: `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+def dispatch(args: list[str], root: Path) -> None:
+    """Answers what `jaxkv` itself does, or runs a command of the folder `root / "scripts"`."""
     files = find_commands(root)
     if args[:1] == ["--version"]:
         print(importlib.import_module("jaxkv").__version__)
