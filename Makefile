@@ -41,7 +41,7 @@ lint: $(VENV)/.test ## check with ruff and pyright
 
 docs: $(VENV)/.docs ## build the documentation's site, strictly, into build/site
 	$(PY) docs/support_matrix.py --check
-	$(PY) -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
 
 venv: $(VENV)/.test ## only make the environment: jaxkv, the models' and the tests' packages
 
