@@ -26,8 +26,8 @@ LAYERS = {
 }
 HEAD = """# What runs where
 
-Made by `python docs/support_matrix.py` from what `jaxkv.explain` says; `make docs` checks that it is
-current. `gpu` is a Pallas kernel, `xla` plain JAX, which runs on every platform. Where one word
+Made by `python docs/support_matrix.py` from what `jaxkv.explain` says; `make docs` checks that it
+is current. `gpu` is a Pallas kernel, `xla` plain JAX, which runs on every platform. Where one word
 stands, that backend attends, writes and quantizes alike. A cell with an error is refused with that
 error when the cache is built. `explain` tells the same of a configuration of yours.
 
