@@ -14,7 +14,7 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check -q -q
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench lint venv
+.PHONY: help demo test bench docs lint venv
 .NOTPARALLEL:  # two pips in one environment break it
 
 help: ## list the targets
@@ -22,7 +22,7 @@ help: ## list the targets
 	@echo "  make test keeps compiled programs in ~/.cache/jaxkv/tests-xla, or in JAX_COMPILATION_CACHE_DIR"
 	@echo "  variables: PYTHON=$(PYTHON) VENV=$(VENV) ARGS=\"more arguments\" JOBS=2 PROMPT=\"...\" PEERS=1"
 
-demo: $(VENV)/.demo ## stream a story from SmolLM2-135M on the CPU (93 MB, fetched once)
+demo: $(VENV)/.models ## stream a story from SmolLM2-135M on the CPU (93 MB, fetched once)
 	@$(PY) scripts/generate.py --model smollm2 --chat --prompt "$$PROMPT" \
 		--max-tokens 200 --temperature 0.7 --seed 7 $(ARGS)
 
@@ -31,7 +31,7 @@ demo: $(VENV)/.demo ## stream a story from SmolLM2-135M on the CPU (93 MB, fetch
 test: $(VENV)/.test ## run the tests; ARGS="-m 'not slow'" leaves out the slow ones
 	$(PY) -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
-bench: $(VENV)/.demo $(if $(PEERS),$(VENV)/.bench) ## measure generation; PEERS=1 installs torch, transformers, llama.cpp
+bench: $(VENV)/.models $(if $(PEERS),$(VENV)/.bench) ## measure generation; PEERS=1 installs torch, transformers, llama.cpp
 	$(PY) scripts/bench/generate.py $(ARGS)
 
 lint: $(VENV)/.test ## check with ruff and pyright
@@ -39,7 +39,11 @@ lint: $(VENV)/.test ## check with ruff and pyright
 	$(PY) -m ruff format --check .
 	$(PY) -m pyright --pythonpath $(PY)
 
-venv: $(VENV)/.test ## only make the environment: jaxkv, the demo's and the tests' packages
+docs: $(VENV)/.docs ## build the documentation's site, strictly, into build/site
+	$(PY) docs/support_matrix.py --check
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
+
+venv: $(VENV)/.test ## only make the environment: jaxkv, the models' and the tests' packages
 
 # Each stamp is touched last, so an interrupted install is done again.
 $(VENV)/.made:
@@ -55,17 +59,22 @@ $(VENV)/.made:
 		$(PYTHON) -m pip --python $(PY) install -q -q pip; }
 	@touch $@
 
-$(VENV)/.demo: $(VENV)/.made pyproject.toml
-	@echo "Installing jaxkv[demo] into $(VENV) (JAX and Flax: about 800 MB, minutes the first time)"
-	@$(PIP) install -e '.[demo]'
+$(VENV)/.models: $(VENV)/.made pyproject.toml
+	@echo "Installing jaxkv[models] into $(VENV) (JAX and Flax: about 800 MB, minutes the first time)"
+	@$(PIP) install -e '.[models]'
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.made pyproject.toml
 	@echo "Installing jaxkv[test] into $(VENV) (JAX, Flax, pytest: about 1.1 GB, minutes the first time)"
 	@$(PIP) install -e '.[test]'
-	@touch $(VENV)/.demo $@
+	@touch $(VENV)/.models $@
+
+$(VENV)/.docs: $(VENV)/.made pyproject.toml
+	@echo "Installing jaxkv[docs] into $(VENV)"
+	@$(PIP) install -e '.[docs]'
+	@touch $(VENV)/.models $@
 
 $(VENV)/.bench: $(VENV)/.made pyproject.toml
 	@echo "Installing jaxkv[bench] into $(VENV) (torch: several GB; llama.cpp is compiled: ten minutes)"
 	@$(PIP) install -e '.[bench]'
-	@touch $(VENV)/.demo $@
+	@touch $(VENV)/.models $@

@@ -19,3 +19,5 @@ from jaxkv.sizes import Sizes as Sizes
 from jaxkv.spec import LayerSpec as LayerSpec
 from jaxkv.stop_text import StopText as StopText
 from jaxkv.stream import Stream as Stream
+
+__version__ = "0.1.0"  # the only place: pyproject.toml and `jaxkv --version` read it

@@ -22,7 +22,7 @@ def import_extra(name: str) -> ModuleType:
     except ImportError as error:
         package = name.partition(".")[0]
         raise CheckpointError(
-            f"This needs the package {package!r}: pip install 'jaxkv[demo]' ({one_line(error)})."
+            f"This needs the package {package!r}: pip install 'jaxkv[models]' ({one_line(error)})."
         ) from error
 
 

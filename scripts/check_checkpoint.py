@@ -5,7 +5,6 @@ DIR has config.json, model.safetensors and io.npz with `input_ids i32[batch, tok
 """
 
 import dataclasses
-import json
 import zipfile
 import zlib
 from pathlib import Path
@@ -19,7 +18,7 @@ import tyro
 import models
 from jaxkv import CacheConfig, Keep, KVCache
 from models.errors import one_line
-from scripts.shared.command import run_command
+from scripts.shared.command import print_json, run_command
 
 UNREADABLE = (ValueError, TypeError, KeyError, OSError, EOFError)  # np.load can raise these
 
@@ -38,7 +37,7 @@ class Args:
     tol: float = 1e-3
     """Largest absolute difference that passes."""
     json: bool = False
-    """Print one JSON object only."""
+    """Print one JSON object on standard output, and nothing else there."""
     page_size: int = 16
     """Tokens per cache page."""
     scan: bool = False
@@ -113,11 +112,11 @@ def main(args: Args) -> int:
         ),
     }
     passes = all(value <= args.tol for value in result.values())  # NaN fails
-    if not args.json:
-        for name, value in result.items():
-            print(f"{name:22} {value:.2e}")
-        print(f"{'ok' if passes else 'FAILED'}: tolerance {args.tol:g}")
-    print(json.dumps(result))
+    for name, value in result.items():
+        print(f"{name:22} {value:.2e}")
+    print(f"{'ok' if passes else 'FAILED'}: tolerance {args.tol:g}")
+    if args.json:
+        print_json(result)
     return 0 if passes else 1
 
 

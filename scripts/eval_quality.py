@@ -5,7 +5,6 @@ Every codec's cache reads the text beside the exact one, see `scripts/shared/sco
 
 import dataclasses
 import functools
-import json
 import platform
 import sys
 from pathlib import Path
@@ -18,7 +17,7 @@ import jaxkv
 import models
 from jaxkv.codecs import KVCodec, codec_names
 from models.families.architectures import architecture_config
-from scripts.shared.command import keep_compiled_programs, run_command
+from scripts.shared.command import keep_compiled_programs, print_json, run_command
 from scripts.shared.keep import CodecsOptions
 from scripts.shared.options import check_least
 from scripts.shared.plots import check_plot, has_matplotlib, plot_quality
@@ -58,7 +57,7 @@ class Args:
     plot: str = PLOT
     """File for the plot of KL against bits per value; '' or 'none' for no plot."""
     json: bool = False
-    """Last line of standard output: one JSON object."""
+    """Print one JSON object on standard output, and nothing else there."""
 
 
 def print_results(
@@ -163,7 +162,7 @@ def main(args: Args) -> int:
             "recent_pages": {name: codec.recent_pages for name, codec in codecs.items()},
             "sink_tokens": {name: codec.sink_tokens for name, codec in codecs.items()},
         }
-        print(json.dumps({**about, "results": results}))
+        print_json({**about, "results": results})
     return 0
 
 

@@ -5,7 +5,6 @@ attention, and perplexity breaks; a few of them kept beside the window mend it.
 """
 
 import dataclasses
-import json
 import sys
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from rich.progress import Progress
 
 import jaxkv
 import models
-from scripts.shared.command import keep_compiled_programs, run_command
+from scripts.shared.command import keep_compiled_programs, print_json, run_command
 from scripts.shared.keep import WindowOptions
 from scripts.shared.options import check_least
 from scripts.shared.scoring import perplexity
@@ -43,7 +42,7 @@ class Args:
     chunk: int = 250
     """Tokens per step; the result does not depend on it."""
     json: bool = False
-    """Last line of standard output: one JSON object."""
+    """Print one JSON object on standard output, and nothing else there."""
 
 
 def caches_to_compare(keep: WindowOptions) -> dict[str, jaxkv.Keep]:
@@ -93,7 +92,7 @@ def main(args: Args) -> int:
     }
     Console(file=sys.stdout).print(make_table(f"{len(tokens)} tokens of text", columns))
     if args.json:
-        print(json.dumps({"perplexity": found, "ratio": ratio}))
+        print_json({"perplexity": found, "ratio": ratio})
     return 0
 
 

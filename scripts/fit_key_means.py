@@ -17,7 +17,7 @@ from scripts.shared.texts import read_text
 class Args:
     """Averages a model's keys over a text and saves `layer_0`, `layer_1`, ... as an .npz file.
 
-    Example:
+    Examples:
       fit_key_means.py --model smollm2 --text book.txt --out smollm2.key_means.npz
     """
 

@@ -19,7 +19,7 @@ import jaxkv
 import models
 from jaxkv.codecs import KVCodec, codec_names, get_codec
 from models.text.harmony import HarmonyStream, answer_stream
-from scripts.shared.command import keep_compiled_programs, run_command
+from scripts.shared.command import keep_compiled_programs, print_json, run_command
 from scripts.shared.keep import KeepOptions
 from scripts.shared.options import check_least
 from scripts.shared.tables import make_table
@@ -94,7 +94,7 @@ class Args:
     backend: Literal["xla", "gpu", "tpu", "reference"] | None = None
     """Attention backend; default: the platform's."""
     json: bool = False
-    """Last line of standard output: one JSON object with everything."""
+    """Print one JSON object with everything on standard output, all else on standard error."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -383,7 +383,7 @@ def main(args: Args) -> int:
         log.print(f"{group} on {jax.default_backend()}", style="dim", soft_wrap=True)
     if args.json:
         said = [s.messages if isinstance(s, HarmonyStream) else None for s in asked.streams]
-        print(json.dumps(as_json(asked.texts, outputs, said, result, report)))
+        print_json(as_json(asked.texts, outputs, said, result, report))
     return 0
 
 

@@ -5,7 +5,6 @@ Reads the model's config alone. All numbers come from `jaxkv.plan`, which is exa
 
 import dataclasses
 import functools
-import json
 import math
 import sys
 from collections.abc import Callable
@@ -20,7 +19,7 @@ from jaxkv.codecs import KVCodec, codec_names
 from jaxkv.config import LayerGroup
 from models.errors import read_json_object
 from models.families.architectures import architecture_config
-from scripts.shared.command import run_command
+from scripts.shared.command import print_json, run_command
 from scripts.shared.keep import CodecsOptions
 from scripts.shared.options import GIB
 from scripts.shared.tables import make_table
@@ -58,7 +57,7 @@ class Args:
     groups: bool = False
     """Also print each group of layers; always done for a single codec."""
     json: bool = False
-    """Last line of standard output: one JSON object."""
+    """Print one JSON object on standard output, and nothing else there."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -295,7 +294,7 @@ def main(args: Args) -> int:
             "memory_bytes": math.floor(args.memory * GIB),
             "results": [row_json(row) for row in rows],
         }
-        print(json.dumps(result))
+        print_json(result)
     return 0
 
 

@@ -6,7 +6,6 @@ over whole pages, so that the mean includes the one step in `page_size` that qua
 
 import dataclasses
 import functools
-import json
 import sys
 
 import jax
@@ -20,7 +19,7 @@ import models
 from jaxkv.codecs import get_codec
 from scripts.bench.cases import GRIDS
 from scripts.bench.timing import timed
-from scripts.shared.command import keep_compiled_programs, run_command
+from scripts.shared.command import keep_compiled_programs, print_json, run_command
 from scripts.shared.options import Names, check_least
 from scripts.shared.tables import format_column, make_table
 
@@ -52,7 +51,7 @@ class Args:
     chunk: int = 256
     """Prompt tokens of one step."""
     json: bool = False
-    """Last line of standard output: one JSON object."""
+    """Print one JSON object on standard output, and nothing else there."""
 
 
 @functools.partial(jax.jit, donate_argnames="cache")
@@ -132,7 +131,7 @@ def main(args: Args) -> int:
     Console(file=sys.stdout, highlight=False).print(make_table(title, columns))
     if args.json:
         about = {"model": args.model, "batch": args.batch, "context": args.context, "steps": steps}
-        print(json.dumps({**about, "results": results}))
+        print_json({**about, "results": results})
     return 0
 
 

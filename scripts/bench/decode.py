@@ -9,7 +9,6 @@ every token is coded: the tokens that a codec keeps exact beside them take one m
 
 import dataclasses
 import functools
-import json
 import os
 import sys
 import time
@@ -33,7 +32,7 @@ from scripts.bench.problems import Problem, make_problem
 from scripts.bench.programs import Jobs, Programs, attention_jobs, compile_all
 from scripts.bench.results import Out, keep_results, make_folder
 from scripts.bench.timing import Timing, device_time, wall_times
-from scripts.shared.command import keep_compiled_programs, run_command
+from scripts.shared.command import keep_compiled_programs, print_json, run_command
 from scripts.shared.options import Names, Numbers, check_choice, check_least
 from scripts.shared.plots import check_plot, plot_fractions
 from scripts.shared.tables import format_column, make_table
@@ -83,7 +82,7 @@ class Args:
     """Folder for decode.json, rewritten after each case, so that a run cut short loses none;
     default: none."""
     json: bool = False
-    """Last line of standard output: one JSON object."""
+    """Print one JSON object on standard output, and nothing else there."""
 
 
 def list_cases(args: Args) -> list[Case]:
@@ -318,7 +317,7 @@ def main(args: Args) -> int:
     if args.plot and rows:
         plot_fractions(check_plot(args.plot), rows, title)
     if args.json:
-        print(json.dumps(report))
+        print_json(report)
     right = all(row["ok"] for row in rows if row["by"] == "jaxkv")
     return 0 if rows and went_well and right else 1
 

@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import functools
 import importlib.util
-import json
 import os
 import platform
 import statistics
@@ -21,7 +20,7 @@ import models
 from scripts.bench.cases import GRIDS
 from scripts.bench.ceiling import least_read_seconds
 from scripts.bench.peers.generators import Measure, llama_cpp_peer, ours, transformers_peer
-from scripts.shared.command import keep_compiled_programs, run_command
+from scripts.shared.command import keep_compiled_programs, print_json, run_command
 from scripts.shared.options import check_least
 from scripts.shared.tables import format_column, make_table
 
@@ -50,7 +49,7 @@ class Args:
     peers: bool = True
     """Measure transformers and llama.cpp where they are installed."""
     json: bool = False
-    """Last line of standard output: one JSON object."""
+    """Print one JSON object on standard output, and nothing else there."""
 
 
 def contenders(args: Args, checkpoint, log: Console) -> dict[str, Measure]:
@@ -142,7 +141,7 @@ def main(args: Args) -> int:
         f"Python {platform.python_version()}, jax {jax.__version__}"
     )
     if args.json:
-        print(json.dumps({"results": rows, "floor_ms": floor * 1e3}))
+        print_json({"results": rows, "floor_ms": floor * 1e3})
     return 0
 
 

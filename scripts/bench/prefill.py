@@ -6,7 +6,6 @@ It runs the program that `generate` runs for each chunk, from an empty cache to 
 import dataclasses
 import functools
 import itertools
-import json
 import sys
 from collections.abc import Callable
 
@@ -26,9 +25,10 @@ from scripts.bench.cases import GRIDS
 from scripts.bench.peers.transformers_llama import check_packages, llama_case, measure_cases
 from scripts.bench.results import Out, keep_results, make_folder
 from scripts.bench.timing import device_kernels, list_kernels, spread, time_by_kind, timed
-from scripts.shared.command import run_command
+from scripts.shared.command import print_json, run_command
 from scripts.shared.options import Names, Numbers, check_least
-from scripts.shared.tables import format_column, make_table
+from scripts.shared.progress import working
+from scripts.shared.tables import format_column, make_table, words_of
 
 GRID = GRIDS["prefill"]
 # The check runs a model of two such layers. A deep one of random weights amplifies rounding to
@@ -77,7 +77,7 @@ class Args:
     """Folder for prefill.json and prefill_peers.json, rewritten after each case, so that a run cut
     short loses none; default: none."""
     json: bool = False
-    """Last line of standard output: one JSON object."""
+    """Print one JSON object on standard output, and nothing else there."""
 
 
 @functools.partial(jax.jit, static_argnames="backend")
@@ -143,15 +143,23 @@ def measure(args: Args, model, batch: int, codec: str, chunk: int, console: Cons
         return functools.partial(read_prompts, model, config.checked(), prompts)
 
     row = {"batch": batch, "codec": codec, "chunk": chunk}
+    name = f"batch {batch}, {codec}, chunk {chunk}"
     if args.check:  # a chunk, and some tokens more that read it
         some = min(args.tokens, chunk + 100)
         few = dataclasses.replace(model.config, windows=model.config.windows[:CHECKED_LAYERS])
         shallow = draw_decoder(few, scan=False, dtype=args.dtype)
-        row["error"] = relative_error(reader(shallow), args.backend, some)
+        with working(console, f"{name}: comparing {CHECKED_LAYERS} layers with plain JAX"):
+            row["error"] = relative_error(reader(shallow), args.backend, some)
         del shallow
     read = functools.partial(reader(model), tokens=args.tokens, backend=args.backend)
-    first, *seconds = [timed(read)[0] for _ in range(args.repeats + 1)]
-    kernels = device_kernels([read])
+    with working(console, f"{name}: compiling, first prompt"):
+        first = timed(read)[0]
+    seconds = []
+    for repeat in range(args.repeats):
+        with working(console, f"{name}: prompt {repeat + 1} of {args.repeats}"):
+            seconds.append(timed(read)[0])
+    with working(console, f"{name}: a prompt under the profiler"):
+        kernels = device_kernels([read])
     if args.kernels:
         title = f"kernels of batch {batch}, {codec}, chunk {chunk}, per prompt"
         console.print(make_table(title, list_kernels(kernels, 1, args.kernels)))
@@ -182,7 +190,7 @@ def show(rows: list[dict], title: str) -> None:
         "attention\nms": number("attention_ms", ".0f"),
         "weights\nms": number("weights_ms", ".0f"),
         "rest\nms": number("rest_ms", ".0f"),
-        "weights\nTFLOP/s": number("weights_tflops", ".0f"),
+        "weights\nTFLOP/s": number("weights_tflops", ".3g"),
         "error": number("error", ".1e"),
     }
     Console(file=sys.stdout, highlight=False).print(make_table(title, columns))
@@ -204,17 +212,18 @@ def main(args: Args) -> int:
         peers = measure_peers(args, batches, log)
     device = jax.devices()[0].device_kind
     log(f"{device}, jax {jax.__version__}, {args.shape}, {args.dtype}")
-    model = models.random_model(args.shape, scan=False, dtype=args.dtype)
+    with working(console, "drawing weights"):
+        model = models.random_model(args.shape, scan=False, dtype=args.dtype)
     rows = []
     codecs, chunks = args.codec or GRID.codecs, args.chunk or GRID.chunks
     for batch, codec, chunk in itertools.product(batches, codecs, chunks):
         rows.append(measure(args, model, batch, codec, chunk, console))
-        log(f"{rows[-1]}")
+        log(words_of(rows[-1]))
         keep_results(args.out, "prefill", rows)
     show(rows + peers, f"{args.shape}, prompts of {args.tokens} tokens, {device}")
     if args.json:
         report = {"shape": args.shape, "tokens": args.tokens, "results": rows, "peers": peers}
-        print(json.dumps(report))
+        print_json(report)
     if args.check and not all(row["error"] <= MAX_ERROR for row in rows):
         log(f"an error is more than {MAX_ERROR}: what is wrong can't be called fast")
         return 1

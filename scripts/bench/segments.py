@@ -7,7 +7,6 @@ byte that the query sees. Results are checked against the float32 reference firs
 
 import dataclasses
 import functools
-import json
 import sys
 from typing import Any, Literal
 
@@ -22,7 +21,7 @@ from scripts.bench.attend import MAX_ERROR, relative_error
 from scripts.bench.cases import GRIDS, WORKLOADS, Workload
 from scripts.bench.fill import random_cache
 from scripts.bench.timing import time_calls
-from scripts.shared.command import run_command
+from scripts.shared.command import print_json, run_command
 from scripts.shared.options import Names, check_choice, check_least
 from scripts.shared.tables import format_column, make_table
 
@@ -60,7 +59,7 @@ class Args:
     backend: Literal["gpu", "xla"] | None = None
     """Implementation of the attention; default: what `jaxkv.explain` says."""
     json: bool = False
-    """Last line of standard output: one JSON object."""
+    """Print one JSON object on standard output, and nothing else there."""
 
 
 def layer_spec(args: Args, shape: Workload, codec: str, *, together: bool) -> jaxkv.LayerSpec:
@@ -195,7 +194,7 @@ def main(args: Args) -> int:
     device = jax.devices()[0].device_kind
     show(rows, f"{about}, {device}")
     if args.json:
-        print(json.dumps({"case": about, "device": device, "results": rows}))
+        print_json({"case": about, "device": device, "results": rows})
     return int(not all(row["ok"] for row in rows))
 
 

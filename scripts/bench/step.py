@@ -7,7 +7,6 @@ import concurrent.futures
 import dataclasses
 import functools
 import itertools
-import json
 import sys
 from collections.abc import Callable
 
@@ -28,9 +27,10 @@ from scripts.bench.fill import random_cache, stored_bytes
 from scripts.bench.peers.transformers_llama import check_packages, llama_case, measure_cases
 from scripts.bench.results import Out, keep_results, make_folder
 from scripts.bench.timing import device_kernels, list_kernels, spread, time_by_kind, timed
-from scripts.shared.command import run_command
+from scripts.shared.command import print_json, run_command
 from scripts.shared.options import GIB, Names, Numbers, check_least
-from scripts.shared.tables import format_column, make_table
+from scripts.shared.progress import working
+from scripts.shared.tables import format_column, make_table, words_of
 
 GRID = GRIDS["step"]
 COMPILE_THREADS = 8
@@ -73,7 +73,7 @@ class Args:
     """Folder for step.json and step_peers.json, rewritten after each case, so that a run cut short
     loses none; default: none."""
     json: bool = False
-    """Last line of standard output: one JSON object."""
+    """Print one JSON object on standard output, and nothing else there."""
 
 
 def measure_peers(args: Args, batches: tuple[int, ...], log: Callable[[str], None]) -> list[dict]:
@@ -178,7 +178,7 @@ def measure(
         "step_ms": step_ms,
         "spread": spread(seconds[1:]),
         **{f"{name}_ms": ms for name, ms in parts.items()},
-        "outside": 1 - (parts["attention"] + parts["weights"]) / step_ms,
+        "outside": 1 - (parts["attention"] + parts["weights"]) / step_ms if parts else None,
         "kv_gb": stored_bytes(config, args.context) / 1e9,
     }
     return row, kernels
@@ -220,18 +220,21 @@ def main(args: Args) -> int:
     device = jax.devices()[0].device_kind
     log(f"{device}, jax {jax.__version__}, {args.shape}, {args.dtype}")
     draw = functools.partial(models.random_model, args.shape, scan=args.scan, dtype=args.dtype)
-    took, model = timed(draw)
+    with working(console, "drawing weights"):
+        took, model = timed(draw)
     weights = sum(x.nbytes for x in jax.tree.leaves(nnx.state(model)))
     read = weights - model.embedding.get_value().nbytes  # each step gathers few of its rows
     log(f"weights, {weights / GIB:.2f} GiB, drawn in {took:.0f} s")
     configs = configs_that_fit(args, model, weights, log)
-    took, programs = timed(lambda: compile_all(args, model, configs))
+    with working(console, f"compiling {len(configs)} programs"):
+        took, programs = timed(lambda: compile_all(args, model, configs))
     log(f"compiled {len(programs)} programs in {took:.0f} s")
     rows = []
     for (batch, codec), config in configs.items():
-        row, kernels = measure(args, model, config, programs[batch, codec])
+        with working(console, f"batch {batch}, {codec}: filling the cache, decoding"):
+            row, kernels = measure(args, model, config, programs[batch, codec])
         rows.append({"batch": batch, "codec": codec} | row | {"weights_gb": read / 1e9})
-        log(f"batch {batch}, {codec}: {rows[-1]}")
+        log(words_of(rows[-1]))
         keep_results(args.out, "step", rows)
         if args.kernels:
             listed = list_kernels(kernels, args.steps, args.kernels)
@@ -240,7 +243,7 @@ def main(args: Args) -> int:
     show(rows + peers, title)
     if args.json:
         report = {"shape": args.shape, "context": args.context, "results": rows, "peers": peers}
-        print(json.dumps(report))
+        print_json(report)
     return 0
 
 

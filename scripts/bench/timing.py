@@ -97,13 +97,20 @@ def time_calls(calls: Sequence[Callable]) -> Timing:
     return device_time(calls) or _summarize(wall_times(calls[0], len(calls)))
 
 
-def spread(seconds: Sequence[float]) -> float:
-    """The range of the times as a fraction of their median."""
+def spread(seconds: Sequence[float]) -> float | None:
+    """The range of the times as a fraction of their median; None for a single time."""
+    if len(seconds) < 2:
+        return None
     return float(np.ptp(seconds) / np.median(seconds))
 
 
 def time_by_kind(kernels: Kernels) -> dict[str, float]:
-    """Milliseconds of all kernels of attention, of matrix products ("weights") and of the rest."""
+    """Milliseconds of all kernels of attention, of matrix products ("weights") and of the rest.
+
+    Empty where the profiler saw no kernels: on a CPU.
+    """
+    if not kernels:
+        return {}
     times: dict[str, float] = dict.fromkeys(("attention", "weights", "rest"), 0.0)
     for _, name, us in kernels:
         times[_kind(name)] += us / 1e3

@@ -7,7 +7,6 @@ output is compared with the reference's before it is timed.
 
 import dataclasses
 import functools
-import json
 import sys
 from collections.abc import Iterator
 
@@ -31,7 +30,7 @@ from scripts.bench.fill import random_data
 from scripts.bench.problems import make_problem
 from scripts.bench.programs import compile_all
 from scripts.bench.timing import time_calls
-from scripts.shared.command import run_command
+from scripts.shared.command import print_json, run_command
 from scripts.shared.options import Names, check_choice, check_least
 from scripts.shared.tables import make_table
 
@@ -77,7 +76,7 @@ class Args:
     repeats: int = 8
     """Calls whose median counts."""
     json: bool = False
-    """Last line of standard output: one JSON object."""
+    """Print one JSON object on standard output, and nothing else there."""
 
 
 class Tuning:
@@ -193,7 +192,7 @@ def main(args: Args) -> int:
     Console(file=sys.stdout, highlight=False).print(make_table(title, columns))
     if args.json:
         settings = [{"setting": difference(c, default)} | tuning.results[c] for c in tried]
-        print(json.dumps({"case": name, "best": difference(best, default), "tried": settings}))
+        print_json({"case": name, "best": difference(best, default), "tried": settings})
     return int(not np.isfinite(tuning.results[default]["us"]))
 
 

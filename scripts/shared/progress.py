@@ -1,11 +1,41 @@
-"""Progress of a long run through several caches."""
+"""Progress of long work: what is being done, and of a run through several caches how far it is."""
 
+import contextlib
+import threading
 import time
+from collections.abc import Iterator
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 REPORT_SECONDS = 10.0  # between lines of progress where there is no terminal
+
+
+@contextlib.contextmanager
+def working(log: Console, doing: str) -> Iterator[None]:
+    """Tells what is being done as long as it takes.
+
+    On a terminal that is a moving line; elsewhere a line with the seconds so far, every
+    REPORT_SECONDS, so that a log shows what a run is at and short work leaves no trace.
+    """
+    if log.is_terminal:
+        with log.status(doing):
+            yield
+        return
+    ended, began = threading.Event(), time.monotonic()
+
+    def tell():
+        while not ended.wait(REPORT_SECONDS):
+            said = f"{doing}: {time.monotonic() - began:.0f} s so far"
+            log.print(said, style="dim", soft_wrap=True)
+
+    teller = threading.Thread(target=tell, daemon=True)
+    teller.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        teller.join()
 
 
 class Reporter:

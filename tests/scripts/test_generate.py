@@ -30,7 +30,7 @@ def test_a_batch_ends_in_one_json_object(folder, tmp_path):
         "--max-tokens", 9, "--window", 16, "--sink-tokens", 4, "--page-size", 8, "--json",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout.splitlines()[-1])
+    result = json.loads(done.stdout)
     assert result["prompts"] == ["one", "prompt two", more.read_text()]
     assert all(0 < len(tokens) <= 9 for tokens in result["tokens"])
     assert len(result["text"]) == len(result["stop_reason"]) == 3
@@ -62,7 +62,7 @@ def test_a_harmony_chat_is_read_by_messages(folder, tmp_path):
         "--max-tokens", 6, "--json",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout.splitlines()[-1])
+    result = json.loads(done.stdout)
     first = result["messages"][0][0]
     assert (first["channel"], first["recipient"]) == ("final", None)
     assert result["text"][0].startswith(first["text"])
@@ -79,10 +79,9 @@ def test_template_arguments_are_json_or_text():
 def test_standard_input_streams_the_same_text(folder):
     done = run("--model", folder, "--max-tokens", 8, "--json", stdin="from stdin")
     assert done.returncode == 0, done.stderr
-    *streamed, last = done.stdout.splitlines(keepends=True)
-    result = json.loads(last)
+    result = json.loads(done.stdout)
     assert result["prompts"] == ["from stdin"]
-    assert "".join(streamed) == result["text"][0] + "\n"
+    assert result["text"][0] + "\n" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -170,7 +169,7 @@ def test_standard_input_that_is_no_prompt(monkeypatch, stdin, message):
 
 
 def test_text_that_stops_is_not_shown_whatever_tokens_it_spans(folder):
-    free = json.loads(run("--model", folder, "--prompt", "one", "--json").stdout.splitlines()[-1])
+    free = json.loads(run("--model", folder, "--prompt", "one", "--json").stdout)
     text = free["text"][0]
     stop = text[5:9]
     done = run("--model", folder, "--prompt", "one", "--stop", "never", "--stop", stop, "--json")

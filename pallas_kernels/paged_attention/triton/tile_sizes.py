@@ -32,7 +32,7 @@ class DecodeConfig:
     unsplit: bool = False  # whether no sequence is cut if there are enough to fill the chip
 
 
-# Tile sizes by the kind of codes, measured on an H100 with pages of 64 tokens: docs/gpu_tuning.md.
+# Tile sizes by the kind of codes, measured on an H100 with pages of 64 tokens: docs/kernels.md.
 PLANES = DecodeConfig(
     warps=1, transposed=True, mask_all=False, early_factors=True, least_tokens=64, at_once=8
 )

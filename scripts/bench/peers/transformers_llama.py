@@ -4,6 +4,7 @@ Each case runs this file in a process of its own, without JAX: it finds the whol
 leaves it so, a compiler that hangs can be killed, and no case's programs are shaped by another's.
 """
 
+import argparse
 import contextlib
 import dataclasses
 import importlib.util
@@ -17,6 +18,8 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+from scripts.shared.tables import words_of
 
 ROOT = Path(__file__).resolve().parents[3]
 PACKAGES = ("torch", "transformers")
@@ -98,11 +101,12 @@ def measure_cases(
             log(f"{name}: {need} do not fit")
             continue
         try:
+            log(f"{name}: at most {limit:g} s")
             row = run_case(case, limit=limit)
         except RuntimeError as error:
             log(f"{name}: {error}")
             continue
-        log(f"{name}: {row}")
+        log(words_of(row))
         yield row
 
 
@@ -133,6 +137,14 @@ def run_case(case: Case, *, limit: float) -> dict:
     if code or not lines:
         raise RuntimeError(f"exit code {code}")
     return json.loads(lines[-1])
+
+
+def read_case(text: str) -> Case:
+    """A case from its JSON; the error that argparse turns into one line if it is none."""
+    try:
+        return Case(**json.loads(text))
+    except (ValueError, TypeError) as error:
+        raise argparse.ArgumentTypeError(f"must be a case as JSON: {error}") from None
 
 
 def build(case: Case) -> tuple:
@@ -237,5 +249,7 @@ def measure_steps(case: Case) -> dict:
 
 
 if __name__ == "__main__":
-    asked = Case(**json.loads(sys.argv[1]))
-    print(json.dumps(measure_prompts(asked) if asked.prompts else measure_steps(asked)))
+    options = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    options.add_argument("case", type=read_case, help="the fields of `Case` as a JSON object")
+    case = options.parse_args().case
+    print(json.dumps(measure_prompts(case) if case.prompts else measure_steps(case)))
