@@ -1,14 +1,52 @@
-"""`CheckpointError`, and small helpers that turn a failure into one of its one-line messages."""
+"""`CheckpointError`, and what turns any failure of a reader into one of its one-line messages."""
 
+import contextlib
 import importlib
-import json
-from pathlib import Path
+from collections.abc import Iterator
 from types import ModuleType
-from typing import Any
+
+LONGEST_LINE = 300  # characters
 
 
 class CheckpointError(ValueError):
-    """A checkpoint can't be used. The message is one line: the file, the rule, the value found."""
+    """A checkpoint can't be used. The message is one line: the file, the rule, the value found.
+
+    Names and values of a file may be long, or hold line breaks and escape sequences of terminals.
+    So every message is made printable and at most `LONGEST_LINE` characters long, here.
+    """
+
+    def __init__(self, message: str):
+        super().__init__(_printable(message, LONGEST_LINE))
+
+
+@contextlib.contextmanager
+def clear_errors(source: object) -> Iterator[None]:
+    """Turns whatever fails inside into a CheckpointError that names `source`.
+
+    A damaged file can make Python, numpy and the libraries that read it raise nearly anything.
+    Readers check what they can name a rule for; this is for all else, so it stands around whole
+    readers, and around nothing that a user's own code runs in.
+
+    Raises:
+      CheckpointError: in place of any error. What is meant to end the process passes.
+    """
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except MemoryError as error:
+        raise CheckpointError(f"{source}: needs more memory than there is.") from error
+    except OSError as error:
+        raise CheckpointError(f"{source}: cannot be read: {error.strerror or error}.") from error
+    except Exception as error:
+        kind = type(error).__name__
+        raise CheckpointError(
+            f"{source}: damaged or unsupported: {kind}: {one_line(error)}."
+        ) from error
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # pyo3's, which is no `Exception`
+            raise
+        raise CheckpointError(f"{source}: a library gave up: {one_line(error)}.") from error
 
 
 def import_extra(name: str) -> ModuleType:
@@ -26,29 +64,21 @@ def import_extra(name: str) -> ModuleType:
         ) from error
 
 
-def one_line(error: object, limit: int = 300) -> str:
+def one_line(error: object, limit: int = LONGEST_LINE) -> str:
     """An error's text on one line, at most `limit` characters long, without a final full stop."""
     text = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-    return text if len(text) <= limit else text[: limit - 3] + "..."
+    return _printable(text, limit)
 
 
-def read_text(path: Path) -> str:
-    """The text of a UTF-8 file; CheckpointError if it is missing or can't be read."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}.") from error
-    except UnicodeDecodeError as error:
-        raise CheckpointError(f"{path}: must be UTF-8 text: {one_line(error)}.") from error
+def _printable(text: str, limit: int) -> str:
+    """`text` with its unprintable characters escaped; one that is too long loses its middle.
 
-
-def read_json_object(path: Path) -> dict[str, Any]:
-    """The JSON object that a file holds; CheckpointError if it holds anything else."""
-    text = read_text(path)
-    try:
-        value = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: invalid JSON: {one_line(error)}.") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: must hold a JSON object, not {type(value).__name__}.")
-    return value
+    A message begins with the file and ends with the rule, so both ends are worth more.
+    """
+    if len(text) > limit:  # the rest can't be seen, so it is not escaped either
+        text = text[:limit] + "..." + text[-limit:]
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    if len(text) <= limit:
+        return text
+    head = (limit - 3) * 3 // 5
+    return text[:head] + "..." + text[head + 3 - limit :]

@@ -13,6 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from models.numbers import (
+    MOST_HEAD_DIM,
+    not_negative_number,
+    positive_number,
+    switch,
+    whole_number,
+)
+
 DIGIT = 256
 DIGITS = 4  # covers every int32 position
 POSITIVE = (
@@ -55,31 +63,24 @@ def make_rope(head_dim: int, parameters: dict) -> Rope:
     Raises:
       ValueError: the type is unknown, or a parameter is missing or out of range.
     """
+    whole_number("head_dim", head_dim, most=MOST_HEAD_DIM)
+    parameters = _checked(parameters)
     kind = parameters.get("rope_type", "default")
-    for name, value in parameters.items():
-        unset = value is None and name in YARN_OPTIONAL
-        if name in POSITIVE and not unset and not (isinstance(value, int | float) and value > 0):
-            raise ValueError(f"{name}={value!r} must be a number above 0.")
-    if not isinstance(truncate := parameters.get("truncate", True), bool):
-        raise ValueError(f"{truncate=} must be true or false.")
-    for name in ("mscale", "mscale_all_dim"):
-        if not isinstance(value := parameters.get(name) or 0, int | float) or value < 0:
-            raise ValueError(f"{name}={value!r} must be a number, not negative.")
     scale = 1.0
     try:
-        theta = float(parameters["rope_theta"])
+        theta = parameters["rope_theta"]
         frequency = theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
         if kind == "default":
             pass
         elif kind == "linear":
-            frequency = frequency / float(parameters["factor"])
+            frequency = frequency / parameters["factor"]
         elif kind == "llama3":
             frequency = _llama3(frequency, parameters)
         elif kind == "yarn":
             frequency = _yarn(frequency, theta, parameters)
             scale = _yarn_scale(parameters)
         elif kind == "factors":
-            frequency = frequency / np.asarray(parameters["factors"], np.float64)
+            frequency = frequency / np.asarray(parameters["factors"])
         else:
             raise ValueError(f"rope_type={kind!r} must be one of {', '.join(KINDS)}.")
     except KeyError as missing:
@@ -87,9 +88,26 @@ def make_rope(head_dim: int, parameters: dict) -> Rope:
     return Rope(frequencies=tuple(frequency.tolist()), scale=scale)
 
 
+def _checked(parameters: dict) -> dict:
+    """`parameters` with every number that is read here checked, and optional nulls left out."""
+    checked = {k: v for k, v in parameters.items() if v is not None or k not in YARN_OPTIONAL}
+    for name, value in checked.items():
+        if name in POSITIVE:
+            checked[name] = positive_number(name, value)
+        elif name in ("mscale", "mscale_all_dim"):
+            checked[name] = not_negative_number(name, 0 if value is None else value)
+        elif name == "truncate":
+            switch(name, value)
+        elif name == "factors":
+            checked[name] = [positive_number("a factor", factor) for factor in value]
+    return checked
+
+
 def _llama3(frequency: np.ndarray, parameters: dict) -> np.ndarray:
     """Llama 3.1: long wavelengths are stretched by `factor`, short ones kept; between is a mix."""
     low, high = parameters["low_freq_factor"], parameters["high_freq_factor"]
+    if not low < high:
+        raise ValueError(f"low_freq_factor={low} must be below high_freq_factor={high}.")
     turns = parameters["original_max_position_embeddings"] * frequency / (2 * math.pi)
     kept = np.clip((turns - low) / (high - low), 0, 1)
     return frequency * (kept + (1 - kept) / parameters["factor"])
@@ -104,12 +122,14 @@ def _yarn(frequency: np.ndarray, theta: float, parameters: dict) -> np.ndarray:
     """
     pairs, factor = len(frequency), parameters["factor"]
     context = parameters["original_max_position_embeddings"]
+    if not theta > 1:
+        raise ValueError(f"rope_theta={theta} must be above 1 for YaRN.")
 
     def pair_of(turns: float) -> float:  # the fractional index of the pair with that many turns
         return pairs * math.log(context / (turns * 2 * math.pi)) / math.log(theta)
 
-    low = pair_of(parameters.get("beta_fast") or 32)
-    high = pair_of(parameters.get("beta_slow") or 1)
+    low = pair_of(parameters.get("beta_fast", 32))
+    high = pair_of(parameters.get("beta_slow", 1))
     if parameters.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, 2 * pairs - 1)
@@ -125,7 +145,7 @@ def _yarn_scale(parameters: dict) -> float:
     the two results.
     """
     if (given := parameters.get("attention_factor")) is not None:
-        return float(given)
+        return given
     temperature = lambda weight: 0.1 * weight * math.log(max(parameters["factor"], 1)) + 1
     weights = parameters.get("mscale"), parameters.get("mscale_all_dim")
     return temperature(weights[0]) / temperature(weights[1]) if all(weights) else temperature(1)

@@ -17,8 +17,8 @@ import jaxkv
 import models
 from jaxkv.codecs import KVCodec, codec_names
 from jaxkv.config import LayerGroup
-from models.errors import read_json_object
 from models.families.architectures import architecture_config
+from models.json_files import read_json_object
 from scripts.shared.command import print_json, run_command
 from scripts.shared.keep import CodecsOptions
 from scripts.shared.options import GIB

@@ -16,7 +16,8 @@ import numpy as np
 
 from models.checkpoints.checkpoint import Checkpoint, LazyTensor
 from models.checkpoints.mapped_file import map_file, release_pages
-from models.errors import CheckpointError, one_line, read_json_object
+from models.errors import CheckpointError, one_line
+from models.json_files import read_json_object
 from models.text.eos_ids import all_eos_ids
 from models.text.hf_tokenizer import read_hf_tokenizer
 

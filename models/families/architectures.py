@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from models.config import DecoderConfig
-from models.errors import CheckpointError
+from models.errors import CheckpointError, clear_errors
 from models.families import (
     gemma,
     gpt_oss,
@@ -42,4 +42,5 @@ def architecture_config(hf: dict) -> DecoderConfig:
     kind = hf.get("model_type")
     if not isinstance(kind, str) or kind not in ARCHITECTURES:
         raise CheckpointError(f"model_type={kind!r} must be one of {', '.join(ARCHITECTURES)}.")
-    return ARCHITECTURES[kind](hf)
+    with clear_errors("config.json"):
+        return ARCHITECTURES[kind](hf)

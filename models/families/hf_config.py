@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 from models.config import Activation, DecoderConfig
 from models.errors import CheckpointError
+from models.numbers import MOST, MOST_LAYERS, positive_number, switch, token_id, whole_number
 from models.rope import make_rope
 
 DEFAULT_THETA = 10000.0  # transformers' default, for old files that do not give `rope_theta`
@@ -14,6 +15,7 @@ SLIDING, FULL = "sliding_attention", "full_attention"
 # Only in configs that come from GGUF files, which may have biases on q, k and v alone.
 OUTPUT_BIAS = "attention_output_bias"
 ACTIVATIONS: dict[str, Activation] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+MOST_OF = {"num_hidden_layers": MOST_LAYERS}  # limits of keys that lengthen a table
 
 
 def build_config(
@@ -44,9 +46,6 @@ def build_config(
     kv_heads = whole(hf, "num_key_value_heads", q_heads)
     hidden_size = whole(hf, "hidden_size")
     head_dim = whole(hf, "head_dim", hidden_size // q_heads)
-    norm_eps = hf.get("rms_norm_eps", 1e-6)
-    if not isinstance(norm_eps, int | float) or not norm_eps > 0:
-        raise CheckpointError(f"config.json: rms_norm_eps={norm_eps!r} must be a number above 0.")
     if head_dim % 2:
         raise CheckpointError(f"{head_dim=} must be even: channels are rotated in pairs.")
     rope = rope_parameters(hf) if rope is None else rope
@@ -66,7 +65,7 @@ def build_config(
         windows=windows,
         rope=turn,
         local_rope=local_turn,
-        norm_eps=float(norm_eps),
+        norm_eps=number(hf, "rms_norm_eps", 1e-6),
         tie_embeddings=flag(hf, "tie_word_embeddings", False),
         eos_ids=as_ids(hf.get("eos_token_id")),
         max_position=stretched_context(whole(hf, "max_position_embeddings", None), rope),
@@ -92,9 +91,7 @@ def whole(hf: dict, key: str, *default):
         if default:
             return default[0]
         raise CheckpointError(f"config.json has no {key!r}.")
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise CheckpointError(f"config.json: {key}={value!r} must be a whole number, at least 1.")
-    return int(value)
+    return whole_number(f"config.json: {key}", value, most=MOST_OF.get(key, MOST))
 
 
 def number(hf: dict, key: str, *default):
@@ -104,19 +101,13 @@ def number(hf: dict, key: str, *default):
         if default:
             return default[0]
         raise CheckpointError(f"config.json has no {key!r}.")
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-        raise CheckpointError(f"config.json: {key}={value!r} must be a number above 0.")
-    return float(value)
+    return positive_number(f"config.json: {key}", value)
 
 
 def flag(hf: dict, key: str, default: bool) -> bool:
     """True or false; `default` if it is missing or null."""
     value = hf.get(key)
-    if value is None:
-        return default
-    if not isinstance(value, bool):
-        raise CheckpointError(f"config.json: {key}={value!r} must be true or false.")
-    return value
+    return default if value is None else switch(f"config.json: {key}", value)
 
 
 def expert_counts(hf: dict, *default: int) -> tuple[int, int]:
@@ -154,10 +145,8 @@ def rope_parameters(hf: dict, *, theta: float = DEFAULT_THETA) -> dict:
             f"config.json: rope parameters are one set here, not one for each of {nested}."
         )
     for where in (hf, found):
-        if where.get("partial_rotary_factor", 1.0) != 1.0:
-            raise CheckpointError(
-                f"config.json: partial_rotary_factor={where['partial_rotary_factor']} must be 1."
-            )
+        if (part := where.get("partial_rotary_factor", 1.0)) != 1.0:
+            raise CheckpointError(f"config.json: partial_rotary_factor={part!r} must be 1.")
     found = {"rope_theta": hf.get("rope_theta", theta), **found}
     return found | {"rope_type": found.get("rope_type", "default")}
 
@@ -210,10 +199,10 @@ def switched_windows(hf: dict, default: Callable[[dict], Sequence[str]]) -> tupl
     if flag(hf, "use_sliding_window", False) and window is not None:
         return layer_windows(hf, layer_types(hf, default(hf)))
     if SLIDING in layer_types(hf, [FULL] * whole(hf, "num_hidden_layers")):
-        switch = hf.get("use_sliding_window", False)
+        used = hf.get("use_sliding_window", False)
         raise CheckpointError(
             f"config.json: layer_types has {SLIDING!r}, which needs use_sliding_window=True and a "
-            f"sliding_window; they are {switch} and {window}."
+            f"sliding_window; they are {used} and {window}."
         )
     return (None,) * whole(hf, "num_hidden_layers")
 
@@ -234,11 +223,8 @@ def uniform_windows(hf: dict, window: int | None) -> tuple[int | None, ...]:
 
 def last_layers_sliding(hf: dict) -> list[str]:
     """The kind of each layer of a model whose first `max_window_layers` layers are full."""
-    layers, full = whole(hf, "num_hidden_layers"), hf.get("max_window_layers")
-    if isinstance(full, bool) or not isinstance(full, int) or full < 0:
-        raise CheckpointError(
-            f"config.json: max_window_layers={full!r} must be a whole number, at least 0."
-        )
+    layers = whole(hf, "num_hidden_layers")
+    full = whole_number("config.json: max_window_layers", hf.get("max_window_layers"), least=0)
     return [SLIDING if layer >= full else FULL for layer in range(layers)]
 
 
@@ -247,7 +233,4 @@ def as_ids(ids: int | list[int] | None) -> tuple[int, ...]:
     if ids is None:
         return ()
     ids = ids if isinstance(ids, list | tuple) else [ids]
-    for number in ids:
-        if isinstance(number, bool) or not isinstance(number, int):
-            raise CheckpointError(f"config.json: eos_token_id has {number!r}, not a token id.")
-    return tuple(map(int, ids))
+    return tuple(token_id("config.json: eos_token_id", token) for token in ids)

@@ -56,6 +56,7 @@ def _sparse_layers(hf: dict) -> tuple[bool, ...]:
     dense = [] if dense is None else dense
     if not isinstance(dense, list) or any(type(layer) is not int for layer in dense):
         raise CheckpointError(f"config.json: mlp_only_layers={dense!r} must be a list of layers.")
+    dense = set(dense)
     if hf.get("num_experts") == 0:
         return (False,) * layers
     return tuple((layer + 1) % step == 0 and layer not in dense for layer in range(layers))

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from models.errors import CheckpointError, import_extra, read_json_object, read_text
+from models.errors import CheckpointError, import_extra
+from models.json_files import read_json_object, read_text
 from models.text.eos_ids import all_eos_ids
 from models.text.tokenizer import Tokenizer, call_tokenizers
 
