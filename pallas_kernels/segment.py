@@ -94,7 +94,7 @@ def merge(a: Part, b: Part) -> Part:
     top = jnp.where(top == -jnp.inf, 0.0, top)  # -inf - -inf is NaN
     weight_a, weight_b = jnp.exp(a.lse - top), jnp.exp(b.lse - top)
     total = weight_a + weight_b
-    seen = total > 0
+    seen = total != 0  # a NaN in either part stays one
     total = jnp.where(seen, total, 1.0)
     out_a, out_b = a.out.astype(jnp.float32), b.out.astype(jnp.float32)
     out = out_a * (weight_a / total)[..., None] + out_b * (weight_b / total)[..., None]

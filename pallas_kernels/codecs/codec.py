@@ -39,6 +39,9 @@ class TensorCodec:
 
     # Whether codes describe rotated vectors; then queries are rotated and outputs rotated back.
     rotated: ClassVar[bool] = False
+    # Whether levels are finite whatever was quantized (factors must be, in every codec). Attention
+    # takes care that other levels reach only the rows that see them.
+    always_finite: ClassVar[bool] = False
 
     @property
     def bits(self) -> int:

@@ -59,7 +59,8 @@ def _store(outputs: Outputs, h, item: Item, attention: ItemAttention, state: Sta
     case, axes, rows = attention.case, attention.axes, attention.rows
     m, l = state.m - attention.offset, axes.total(state.l)
     zero_sum = axes.total(state.zero_sum)
-    seen = (l > 0) & (attention.row_token < attention.q_len)
+    # `l` is NaN where a row sees a key that is: its result must not look like that of an empty row.
+    seen = (l != 0) & (attention.row_token < attention.q_len)
     total = jnp.where(seen, l, 1.0)
     norm = jnp.where(seen, 1.0 / total, 0.0)
     row = jnp.arange(rows, dtype=jnp.int32)

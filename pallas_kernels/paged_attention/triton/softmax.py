@@ -31,6 +31,7 @@ from pallas_kernels.segment import NOTHING_SEEN, Span
 # with a factor of up to 4094 still fits into float16; larger factors saturate, as they do for a
 # token that is not finite.
 FLOAT16_OFFSET = 4.0
+FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
 class State(NamedTuple):
@@ -71,6 +72,25 @@ class ItemAttention:
         return FLOAT16_OFFSET if self.case.v.dtype == "float16" else 0.0
 
     def run(self) -> State:
+        """Attends all blocks; a value that is not finite reaches only the rows that see it.
+
+        As a term of a dot it reaches every row of a block, because 0 * NaN is NaN. That is rare, so
+        it is not prevented but noticed in the sums, and then all is done again with more care: a
+        loop of no turns otherwise.
+        """
+        state = self._sums()
+        if not self.case.masks_rows or self.case.v.always_finite:
+            return state
+        row = self.axes.by_row(self.row_token < self.q_len)  # padding rows may be NaN
+        spoiled = [
+            jnp.max(jnp.where(row & ~(jnp.abs(acc) <= FLOAT32_MAX), 1, 0)) for acc in state.accs
+        ]
+        again = functools.reduce(jnp.maximum, spoiled) > 0
+        state = jax.tree.map(lambda x, y: jnp.where(again, x, y), self._start(), state)
+        count = jnp.where(again, self.blocks.count, 0)
+        return self._loop(0, count, state, masked=True, isolated=True)
+
+    def _sums(self) -> State:
         """Attends all blocks; where the case allows it, blocks that every row sees get no mask."""
         case, blocks, size = self.case, self.blocks, self.config.block
         state, count = self._start(), blocks.count
@@ -99,8 +119,10 @@ class ItemAttention:
             ),
         )
 
-    def _loop(self, start, stop, state: State, *, masked: bool, number=lambda e: e) -> State:
-        """Attends the blocks `number(e)` for `start <= e < stop`.
+    def _loop(
+        self, start, stop, state: State, *, masked: bool, isolated=False, number=lambda e: e
+    ) -> State:
+        """Attends the blocks `number(e)` for `start <= e < stop`; options as in `_attend`.
 
         Each step looks up the next step's page. Each load that an address depends on uses up one of
         Triton's pipeline stages; the rest is how far ahead words are copied. If the page were
@@ -108,21 +130,26 @@ class ItemAttention:
         """
         blocks = self.blocks
         page_of_start = blocks.look_up(number(start))
+        attend = functools.partial(self._attend, masked=masked, isolated=isolated)
         if self.refs.table.shape[1] == 1:
             # Every step has the same page. Triton would move its load out of the loop, and then
             # fails on the loop's carry.
-            step = lambda e, state: self._attend(number(e), state, masked, page_of_start)
+            step = lambda e, state: attend(number(e), state, page_of_start)
             return jax.lax.fori_loop(start, stop, step, state)
 
         def step_ahead(e, carry):
             state, page = carry
             ahead = blocks.look_up(number(jnp.minimum(e + 1, stop - 1)))
-            return self._attend(number(e), state, masked, page), ahead
+            return attend(number(e), state, page), ahead
 
         return jax.lax.fori_loop(start, stop, step_ahead, (state, page_of_start))[0]
 
-    def _attend(self, i, state: State, masked: bool, page) -> State:
-        """Adds block `i` to the running sums."""
+    def _attend(self, i, state: State, page, *, masked: bool, isolated: bool) -> State:
+        """Adds block `i`, whose page is `page`, to the running sums.
+
+        `masked` hides what a row does not see. `isolated` takes values that are not finite out of
+        the dot, and makes their channels NaN in the rows that see them.
+        """
         case, axes = self.case, self.axes
         address, positions, inside = self.blocks.locate(i, page, masked=masked)
         factors = self._load_factors(address) if self.config.early_factors else None
@@ -154,8 +181,14 @@ class ItemAttention:
             p = p * axes.by_token(factor)
         p = p.astype(case.v.dtype)
         values = case.v.operands(v_words, case.asm, self.v_shifts, dims_first=axes.transposed)
+        if isolated:
+            shape = axes.shape(self.rows, self.config.block)
+            sees = jnp.broadcast_to(ok, shape).astype(case.v.dtype)
+            outputs = functools.partial(_isolated_outputs, axes, p, sees)
+        else:
+            outputs = functools.partial(axes.outputs, p)
         accs = tuple(
-            acc * axes.by_row(shrink) + axes.outputs(p, v_part)
+            acc * axes.by_row(shrink) + outputs(v_part)
             for acc, v_part in zip(state.accs, values, strict=True)
         )
         return State(m_new, l, zero_sum, accs)
@@ -183,7 +216,7 @@ class ItemAttention:
         if not case.masks_rows:
             return axes.by_token(inside)
         i, j = axes.by_row(self.q_start + self.row_token), axes.by_token(positions)
-        seen = case.rule.seen(i, j, pinned=case.sink_pages * case.page_size)
+        seen = case.rows_see(i, j)
         return seen & axes.by_token(inside) & axes.by_row(self.row_token < self.q_len)
 
     def _load_factors(self, address: Address) -> dict[tuple[str, int], jax.Array]:
@@ -191,6 +224,14 @@ class ItemAttention:
         places = self.case.k_factors + self.case.v_factors
         words = dict.fromkeys((x.array, x.row) for x in places)
         return {(name, row): address.load_factor(self.refs.pools[name], row) for name, row in words}
+
+
+def _isolated_outputs(axes: Axes, p, sees, v):
+    """`axes.outputs(p, v)`, NaN only for rows that see a value of `v` that is not finite."""
+    finite = jnp.abs(v.astype(jnp.float32)) <= FLOAT32_MAX
+    out = axes.outputs(p, jnp.where(finite, v, jnp.zeros_like(v)))
+    spoiled = axes.outputs(sees, jnp.where(finite, 0.0, 1.0).astype(v.dtype))
+    return jnp.where(spoiled > 0, jnp.nan, out)
 
 
 def item_attention(
@@ -222,7 +263,9 @@ def item_attention(
         case=case,
         config=config,
         axes=axes,
-        blocks=blocks_of(item, refs, case, size=config.block, head=h, layer=layer, seen=seen),
+        blocks=blocks_of(
+            item, refs, case, size=config.block, head=h, layer=layer, q_start=q_start, seen=seen
+        ),
         q_start=q_start,
         q_len=q_len,
         row_token=row_token,
