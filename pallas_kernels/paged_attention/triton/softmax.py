@@ -72,41 +72,46 @@ class ItemAttention:
         return FLOAT16_OFFSET if self.case.v.dtype == "float16" else 0.0
 
     def run(self) -> State:
-        """Attends all blocks; a value that is not finite reaches only the rows that see it.
-
-        As a term of a dot it reaches every row of a block, because 0 * NaN is NaN. That is rare, so
-        it is not prevented but noticed in the sums, and then all is done again with more care: a
-        loop of no turns otherwise.
-        """
-        state = self._sums()
+        """Attends all blocks; where the case allows it, blocks that every row sees get no mask."""
+        whole_start, whole_stop = self._whole_blocks()
+        count, state = self.blocks.count, self._start()
+        if whole_stop is None:
+            number = lambda e: e
+            state = self._loop(0, count, state, masked=True)
+        else:
+            whole = whole_stop - whole_start
+            edge = lambda e: jnp.where(e < whole_start, e, e + whole)
+            number = lambda e: jnp.where(e < whole, e + whole_start, edge(e - whole))
+            state = self._loop(whole_start, whole_stop, state, masked=False)
+            state = self._loop(0, count - whole, state, masked=True, number=edge)
         if not self.case.masks_rows or self.case.v.always_finite:
             return state
-        row = self.axes.by_row(self.row_token < self.q_len)  # padding rows may be NaN
-        spoiled = [
-            jnp.max(jnp.where(row & ~(jnp.abs(acc) <= FLOAT32_MAX), 1, 0)) for acc in state.accs
-        ]
-        again = functools.reduce(jnp.maximum, spoiled) > 0
+        # A value that is not finite has spoiled every row of its block: 0 * NaN is NaN. That is
+        # rare, so it is not prevented but noticed here. Then all blocks are attended again, in the
+        # same order and with more care; otherwise the loop has no turns.
+        again = self._is_spoiled(state)
         state = jax.tree.map(lambda x, y: jnp.where(again, x, y), self._start(), state)
-        count = jnp.where(again, self.blocks.count, 0)
-        return self._loop(0, count, state, masked=True, isolated=True)
+        stop = jnp.where(again, count, 0)
+        return self._loop(0, stop, state, masked=True, isolated=True, number=number)
 
-    def _sums(self) -> State:
-        """Attends all blocks; where the case allows it, blocks that every row sees get no mask."""
+    def _whole_blocks(self):
+        """First, and one past the last, of the blocks that need no mask; `(0, None)` if all do."""
         case, blocks, size = self.case, self.blocks, self.config.block
-        state, count = self._start(), blocks.count
         if self.config.mask_all or case.sink_pages or case.rule.needs_mask(1):
-            return self._loop(0, count, state, masked=True)
+            return 0, None
         low, high = blocks.seen
         if case.q_tokens > 1:  # a single query sees all of its span
             low, high = case.rule.seen_by_all(self.q_start, self.q_len, low, high)
-        first, length = blocks.first, blocks.length
-        whole_start = jnp.clip(pl.cdiv(jnp.maximum(low - first, 0), size), 0, count)
-        whole_stop = jnp.minimum(high - first, length) // size
-        whole_stop = jnp.clip(whole_stop, whole_start, count)
-        state = self._loop(whole_start, whole_stop, state, masked=False)
-        edge = lambda e: jnp.where(e < whole_start, e, e - whole_start + whole_stop)
-        edges = whole_start + count - whole_stop
-        return self._loop(0, edges, state, masked=True, number=edge)
+        first, length, count = blocks.first, blocks.length, blocks.count
+        start = jnp.clip(pl.cdiv(jnp.maximum(low - first, 0), size), 0, count)
+        stop = jnp.minimum(high - first, length) // size
+        return start, jnp.clip(stop, start, count)
+
+    def _is_spoiled(self, state: State):
+        """Whether a sum of values of some real row is not finite; padding rows may be anything."""
+        real = self.axes.by_row(self.row_token < self.q_len)
+        bad = [jnp.where(real & ~(jnp.abs(x) <= FLOAT32_MAX), 1, 0) for x in state.accs]
+        return functools.reduce(jnp.maximum, map(jnp.max, bad)) > 0
 
     def _start(self) -> State:
         axes, rows, block = self.axes, self.rows, self.config.block
@@ -181,16 +186,10 @@ class ItemAttention:
             p = p * axes.by_token(factor)
         p = p.astype(case.v.dtype)
         values = case.v.operands(v_words, case.asm, self.v_shifts, dims_first=axes.transposed)
+        outputs = lambda acc, v: acc * axes.by_row(shrink) + axes.outputs(p, v)
         if isolated:
-            shape = axes.shape(self.rows, self.config.block)
-            sees = jnp.broadcast_to(ok, shape).astype(case.v.dtype)
-            outputs = functools.partial(_isolated_outputs, axes, p, sees)
-        else:
-            outputs = functools.partial(axes.outputs, p)
-        accs = tuple(
-            acc * axes.by_row(shrink) + outputs(v_part)
-            for acc, v_part in zip(state.accs, values, strict=True)
-        )
+            outputs = _isolate(outputs, axes, ok)
+        accs = tuple(map(outputs, state.accs, values))
         return State(m_new, l, zero_sum, accs)
 
     def _scores(self, dots, k_factors: list[jax.Array], address: Address):
@@ -226,12 +225,17 @@ class ItemAttention:
         return {(name, row): address.load_factor(self.refs.pools[name], row) for name, row in words}
 
 
-def _isolated_outputs(axes: Axes, p, sees, v):
-    """`axes.outputs(p, v)`, NaN only for rows that see a value of `v` that is not finite."""
-    finite = jnp.abs(v.astype(jnp.float32)) <= FLOAT32_MAX
-    out = axes.outputs(p, jnp.where(finite, v, jnp.zeros_like(v)))
-    spoiled = axes.outputs(sees, jnp.where(finite, 0.0, 1.0).astype(v.dtype))
-    return jnp.where(spoiled > 0, jnp.nan, out)
+def _isolate(outputs, axes: Axes, ok):
+    """`outputs(acc, v)`, but `v` that is not finite makes NaN only in rows that see it (`ok`)."""
+
+    def isolated(acc, v):
+        finite = jnp.abs(v.astype(jnp.float32)) <= FLOAT32_MAX
+        bad = jnp.where(finite, 0.0, 1.0).astype(v.dtype)
+        spoiled = axes.outputs(ok.astype(v.dtype), bad)
+        acc = outputs(acc, jnp.where(finite, v, jnp.zeros_like(v)))
+        return jnp.where(spoiled > 0, jnp.nan, acc)
+
+    return isolated
 
 
 def item_attention(
