@@ -4,7 +4,6 @@ import dataclasses
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.rule import CAUSAL, Rule
@@ -27,7 +26,7 @@ def poison(case: Case, side: str, positions, bad: float) -> Case:
 
 
 def sees(case: Case, positions, *, window=None, sink_tokens=0, lag=None) -> np.ndarray:
-    """Which query sees the position of its sequence, `bool[batch, q_tokens]`: the words of `Rule`."""
+    """Which queries see the position of their sequence, `bool[batch, q_tokens]`."""
     i, j = np.asarray(case.queries.positions), np.asarray(positions)[:, None]
     seen = (i >= 0) & (j <= i)
     if window is not None:
