@@ -12,6 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.checks import check_floats, check_types
 from pallas_kernels.rule import Rule
 
 
@@ -89,7 +90,18 @@ class Part(NamedTuple):
 
 
 def merge(a: Part, b: Part) -> Part:
-    """Attention over two disjoint key sets from attention over each, in float32."""
+    """Attention over two disjoint key sets from attention over each, in float32.
+
+    Raises:
+      ValueError: the parts differ in shape.
+    """
+    check_types(a=(a, Part), b=(b, Part))
+    shape = a.out.shape
+    for name, x, rule in (
+        ("a.lse", a.lse, shape[:-1]), ("b.out", b.out, shape), ("b.lse", b.lse, shape[:-1])
+    ):  # fmt: skip
+        if x.shape != rule:
+            raise ValueError(f"{name}.shape={x.shape} must be {rule}.")
     top = jnp.maximum(a.lse, b.lse)
     top = jnp.where(top == -jnp.inf, 0.0, top)  # -inf - -inf is NaN
     weight_a, weight_b = jnp.exp(a.lse - top), jnp.exp(b.lse - top)
@@ -109,10 +121,11 @@ def add_learned_sink(part: Part, sink_logits: jax.Array) -> Part:
       sink_logits: `[q_heads]`, `-inf` for none; not multiplied by the attention scale.
 
     Raises:
-      ValueError: not one logit per query head.
+      ValueError: not one logit, a float, per query head.
     """
     if sink_logits.shape != part.lse.shape[-1:]:
         raise ValueError(f"sink_logits.shape={sink_logits.shape} must be {part.lse.shape[-1:]}.")
+    check_floats(sink_logits=sink_logits)
     sink = sink_logits.astype(jnp.float32).reshape((1,) * (part.lse.ndim - 1) + sink_logits.shape)
     sink = jnp.broadcast_to(sink, part.lse.shape)
     return merge(part, Part(jnp.zeros_like(part.out), sink))

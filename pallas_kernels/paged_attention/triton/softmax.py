@@ -73,42 +73,28 @@ class ItemAttention:
 
     def run(self) -> State:
         """Attends all blocks; where the case allows it, blocks that every row sees get no mask."""
-        whole_start, whole_stop = self._whole_blocks()
-        count, state = self.blocks.count, self._start()
-        if whole_stop is None:
-            number = lambda e: e
-            state = self._loop(0, count, state, masked=True)
-        else:
-            whole = whole_stop - whole_start
-            edge = lambda e: jnp.where(e < whole_start, e, e + whole)
-            number = lambda e: jnp.where(e < whole, e + whole_start, edge(e - whole))
-            state = self._loop(whole_start, whole_stop, state, masked=False)
-            state = self._loop(0, count - whole, state, masked=True, number=edge)
-        if not self.case.masks_rows or self.case.v.always_finite:
-            return state
-        # A value that is not finite has spoiled every row of its block: 0 * NaN is NaN. That is
-        # rare, so it is not prevented but noticed here. Then all blocks are attended again, in the
-        # same order and with more care; otherwise the loop has no turns.
-        again = self._is_spoiled(state)
-        state = jax.tree.map(lambda x, y: jnp.where(again, x, y), self._start(), state)
-        stop = jnp.where(again, count, 0)
-        return self._loop(0, stop, state, masked=True, isolated=True, number=number)
-
-    def _whole_blocks(self):
-        """First, and one past the last, of the blocks that need no mask; `(0, None)` if all do."""
         case, blocks, size = self.case, self.blocks, self.config.block
+        state, count = self._start(), blocks.count
         if self.config.mask_all or case.sink_pages or case.rule.needs_mask(1):
-            return 0, None
+            return self._loop(0, count, state, masked=True)
         low, high = blocks.seen
         if case.q_tokens > 1:  # a single query sees all of its span
             low, high = case.rule.seen_by_all(self.q_start, self.q_len, low, high)
-        first, length, count = blocks.first, blocks.length, blocks.count
-        start = jnp.clip(pl.cdiv(jnp.maximum(low - first, 0), size), 0, count)
-        stop = jnp.minimum(high - first, length) // size
-        return start, jnp.clip(stop, start, count)
+        first, length = blocks.first, blocks.length
+        whole_start = jnp.clip(pl.cdiv(jnp.maximum(low - first, 0), size), 0, count)
+        whole_stop = jnp.minimum(high - first, length) // size
+        whole_stop = jnp.clip(whole_stop, whole_start, count)
+        state = self._loop(whole_start, whole_stop, state, masked=False)
+        edge = lambda e: jnp.where(e < whole_start, e, e - whole_start + whole_stop)
+        edges = whole_start + count - whole_stop
+        return self._loop(0, edges, state, masked=True, number=edge)
 
-    def _is_spoiled(self, state: State):
-        """Whether a sum of values of some real row is not finite; padding rows may be anything."""
+    def run_isolated(self) -> State:
+        """Attends all blocks; values that are not finite make NaN only in rows that see them."""
+        return self._loop(0, self.blocks.count, self._start(), masked=True, isolated=True)
+
+    def is_spoiled(self, state: State):
+        """Whether a sum of values is not finite in some row that is no padding, `bool[]`."""
         real = self.axes.by_row(self.row_token < self.q_len)
         bad = [jnp.where(real & ~(jnp.abs(x) <= FLOAT32_MAX), 1, 0) for x in state.accs]
         return functools.reduce(jnp.maximum, map(jnp.max, bad)) > 0
@@ -152,7 +138,7 @@ class ItemAttention:
     def _attend(self, i, state: State, page, *, masked: bool, isolated: bool) -> State:
         """Adds block `i`, whose page is `page`, to the running sums.
 
-        `masked` hides what a row does not see. `isolated` takes values that are not finite out of
+        `masked` hides what a row does not see. `isolated` keeps values that are not finite out of
         the dot, and makes their channels NaN in the rows that see them.
         """
         case, axes = self.case, self.axes
@@ -189,8 +175,7 @@ class ItemAttention:
         outputs = lambda acc, v: acc * axes.by_row(shrink) + axes.outputs(p, v)
         if isolated:
             outputs = _isolate(outputs, axes, ok)
-        accs = tuple(map(outputs, state.accs, values))
-        return State(m_new, l, zero_sum, accs)
+        return State(m_new, l, zero_sum, tuple(map(outputs, state.accs, values)))
 
     def _scores(self, dots, k_factors: list[jax.Array], address: Address):
         """Scores in base 2 from the dots of queries and levels."""
@@ -229,13 +214,19 @@ def _isolate(outputs, axes: Axes, ok):
     """`outputs(acc, v)`, but `v` that is not finite makes NaN only in rows that see it (`ok`)."""
 
     def isolated(acc, v):
-        finite = jnp.abs(v.astype(jnp.float32)) <= FLOAT32_MAX
-        bad = jnp.where(finite, 0.0, 1.0).astype(v.dtype)
-        spoiled = axes.outputs(ok.astype(v.dtype), bad)
+        finite = _is_finite(v)
         acc = outputs(acc, jnp.where(finite, v, jnp.zeros_like(v)))
+        spoiled = axes.outputs(ok.astype(v.dtype), jnp.where(finite, 0, 1).astype(v.dtype))
         return jnp.where(spoiled > 0, jnp.nan, acc)
 
     return isolated
+
+
+def _is_finite(x: jax.Array) -> jax.Array:
+    """Whether floats are neither NaN nor infinite, by their bits: no wider type in registers."""
+    bits = jax.lax.bitcast_convert_type(x, f"int{8 * x.dtype.itemsize}")
+    infinity = np.asarray(np.inf, x.dtype).view(bits.dtype)
+    return (bits & infinity) != infinity
 
 
 def item_attention(
