@@ -5,8 +5,10 @@ import jax.numpy as jnp
 
 from pallas_kernels.rule import CAUSAL, Rule
 from pallas_kernels.segment import Part, add_learned_sink
+from pallas_kernels.x32 import in_32_bits
 
 
+@in_32_bits
 def dense_attention(
     q: jax.Array,
     k: jax.Array,

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.checks import check_floats, check_types
 from pallas_kernels.rule import Rule
+from pallas_kernels.x32 import in_32_bits
 
 
 @jax.tree_util.register_dataclass
@@ -89,6 +90,7 @@ class Part(NamedTuple):
     lse: jax.Array  # f32[batch, q_tokens, q_heads], natural log, -inf where the set was empty
 
 
+@in_32_bits
 def merge(a: Part, b: Part) -> Part:
     """Attention over two disjoint key sets from attention over each, in float32.
 
@@ -113,6 +115,7 @@ def merge(a: Part, b: Part) -> Part:
     return Part(out, jnp.where(seen, top + jnp.log(total), -jnp.inf))
 
 
+@in_32_bits
 def add_learned_sink(part: Part, sink_logits: jax.Array) -> Part:
     """Adds `exp(sink_logits)` to the softmax denominator and nothing to the numerator (gpt-oss).
 

@@ -20,6 +20,7 @@ from pallas_kernels.pages import Pages
 from pallas_kernels.rule import Rule
 from pallas_kernels.segment import Part, Queries, Segment
 from pallas_kernels.shapes import bind_dims
+from pallas_kernels.x32 import in_32_bits
 
 BACKENDS: dict[Backend, ModuleType] = {"xla": xla, "reference": reference, "gpu": triton}
 
@@ -89,6 +90,29 @@ def paged_attention(
         that is not there; a rule that makes no sense.
       NotImplementedError: the named backend does not serve this call.
     """
+    if not jnp.issubdtype(out_dtype, jnp.floating):
+        raise ValueError(f"out_dtype={jnp.dtype(out_dtype)} must be a float type.")
+    out_dtype = jnp.dtype(out_dtype)
+    computed = jnp.dtype(jnp.float32) if out_dtype.itemsize > 4 else out_dtype
+    options = dict(layer=layer, scale=scale, soft_cap=soft_cap, out_dtype=computed, backend=backend)
+    part = _attend(queries, pages, segment, rule, **options)
+    return part if computed == out_dtype else part._replace(out=part.out.astype(out_dtype))
+
+
+@in_32_bits
+def _attend(
+    queries: Queries,
+    pages: Pages,
+    segment: Segment,
+    rule: Rule,
+    *,
+    layer,
+    scale,
+    soft_cap,
+    out_dtype,
+    backend,
+) -> Part:
+    """Checks the call, and makes it."""
     check_types(
         queries=(queries, Queries), pages=(pages, Pages), segment=(segment, Segment),
         rule=(rule, Rule),
@@ -106,8 +130,6 @@ def paged_attention(
     check_filled(sizes)
     check_floats(q=queries.q)
     queries, segment = _with_int32(queries, segment)
-    if not jnp.issubdtype(out_dtype, jnp.floating):
-        raise ValueError(f"out_dtype={jnp.dtype(out_dtype)} must be a float type.")
     if sizes["head_dim"] != dims["head_dim"]:
         raise ValueError(f"q has head_dim={sizes['head_dim']}, the pages {dims['head_dim']}.")
     if sizes["q_heads"] % dims["kv_heads"]:
@@ -123,7 +145,7 @@ def paged_attention(
         layer=layer_index(layer, dims["layers"]),
         scale=positive_number("scale", scale),
         soft_cap=None if soft_cap is None else positive_number("soft_cap", soft_cap),
-        out_dtype=jnp.dtype(out_dtype),
+        out_dtype=out_dtype,
     )
 
 

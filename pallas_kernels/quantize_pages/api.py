@@ -10,10 +10,12 @@ from pallas_kernels.layouts.plain import Plain
 from pallas_kernels.pages import Pages
 from pallas_kernels.quantize_pages import triton, xla
 from pallas_kernels.shapes import bind_dims
+from pallas_kernels.x32 import in_32_bits
 
 BACKENDS: dict[Backend, ModuleType] = {"xla": xla, "gpu": triton}
 
 
+@in_32_bits
 def quantize_pages(
     coded: Pages,
     exact: Pages,

@@ -16,10 +16,12 @@ from pallas_kernels.checks import (
 from pallas_kernels.pages import Pages
 from pallas_kernels.shapes import bind_dims
 from pallas_kernels.write_pages import triton, xla
+from pallas_kernels.x32 import in_32_bits
 
 BACKENDS: dict[Backend, ModuleType] = {"xla": xla, "gpu": triton}
 
 
+@in_32_bits
 def write_pages(
     pages: Pages,
     k: jax.Array,
