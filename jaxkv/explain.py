@@ -11,9 +11,10 @@ from jaxkv.config import CacheConfig, LayerGroup
 from jaxkv.fill import TokenFill
 from jaxkv.plan import plan
 from jaxkv.store import Store
-from pallas_kernels import quantize_pages, write_pages
 from pallas_kernels.backends import Backend
 from pallas_kernels.paged_attention import choose
+from pallas_kernels.quantize_pages import choose as choose_quantizer
+from pallas_kernels.write_pages import choose as choose_writer
 
 PREFILL_TOKENS = 64  # query tokens of the call that represents a chunk of a prompt
 
@@ -129,13 +130,13 @@ def _serving(
 def _writing(stores: list[Store], platform: str | None) -> Backend:
     """The backend that writes new tokens; if both stores take them, the one that writes codes."""
     written = [store.pages for store in stores if isinstance(store.spec.fill, TokenFill)]
-    return write_pages.choose(None, written[-1], platform=platform)
+    return choose_writer(None, written[-1], platform=platform)
 
 
 def _quantizing(stores: list[Store], platform: str | None) -> Backend | None:
     """The backend that turns exact pages into codes; None where there are no codes."""
     pages = stores[-1].pages
-    return quantize_pages.choose(None, pages, platform=platform) if pages.coded else None
+    return choose_quantizer(None, pages, platform=platform) if pages.coded else None
 
 
 def _note(config: CacheConfig, group: LayerGroup) -> str:

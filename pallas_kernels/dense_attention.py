@@ -5,8 +5,10 @@ import jax.numpy as jnp
 
 from pallas_kernels.rule import CAUSAL, Rule
 from pallas_kernels.segment import Part, add_learned_sink
+from pallas_kernels.x32 import in_32_bits
 
 
+@in_32_bits
 def dense_attention(
     q: jax.Array,
     k: jax.Array,
@@ -39,7 +41,8 @@ def dense_attention(
 
     Returns:
       `out`, `f32` shaped like `q`, and `lse`, `f32[batch, q_tokens, q_heads]`; 0 and `-inf` where
-      nothing is visible.
+      nothing is visible. A value that is not finite makes its channel NaN in rows that see it, and
+      changes no other row.
     """
     group = q.shape[2] // k.shape[2]
     k, v = (jnp.repeat(x.astype(jnp.float32), group, axis=2) for x in (k, v))
@@ -57,8 +60,11 @@ def dense_attention(
     score = jnp.where(sees[:, None], score, -jnp.inf)
     lse = jax.nn.logsumexp(score, axis=-1)  # [batch, q_heads, q_tokens]
     p = jnp.exp(score - jnp.where(jnp.isfinite(lse), lse, 0.0)[..., None])
-    v = jnp.where(jnp.any(sees, axis=1)[:, :, None, None], v, 0.0)  # 0 * NaN is NaN
-    out = jnp.einsum("bhqk,bkhd->bqhd", p, v, precision="highest")
+    finite = jnp.isfinite(v)
+    out = jnp.einsum("bhqk,bkhd->bqhd", p, jnp.where(finite, v, 0.0), precision="highest")
+    # Counted apart: as a term of the sum it would reach every row, because 0 * NaN is NaN.
+    spoiled = jnp.einsum("bqk,bkhd->bqhd", sees.astype(jnp.float32), (~finite).astype(jnp.float32))
+    out = jnp.where(spoiled > 0, jnp.nan, out)
     part = Part(out, jnp.swapaxes(lse, 1, 2))
     return part if sink_logits is None else add_learned_sink(part, sink_logits)
 

@@ -2,16 +2,18 @@
 
 import jax
 
+PLATFORMS = ("cpu", "gpu", "tpu")
 H100_SMS = 132  # assumed where JAX sees no GPU
 
 
-PLATFORMS = ("cpu", "gpu", "tpu")
-
-
 def current_platform(named: str | None = None) -> str:
-    """The named platform, or JAX's default: "cpu", "gpu" or "tpu"; ValueError for another name."""
+    """The named platform, or JAX's default: "cpu", "gpu" or "tpu".
+
+    Raises:
+      ValueError: another name.
+    """
     if named is not None and named not in PLATFORMS:
-        raise ValueError(f"platform={named!r} must be one of {', '.join(PLATFORMS)}, or None.")
+        raise ValueError(f"platform={named!r} must be one of {', '.join(PLATFORMS)}.")
     return named or jax.default_backend()
 
 

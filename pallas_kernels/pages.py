@@ -52,7 +52,7 @@ class Pages:
 
     @property
     def dims(self) -> dict[str, int]:
-        """Sizes by name; raises ValueError if an array's shape is not the layout's."""
+        """Sizes by name; raises ValueError if an array's shape or dtype is not the layout's."""
         layers, pages = next(iter(self.arrays.values())).shape[:2]
         kv_heads = self.layout.kv_heads(self.arrays)
         for name, one in self.layout.arrays(kv_heads).items():
@@ -60,6 +60,8 @@ class Pages:
                 raise ValueError(
                     f"{name}.shape={self.arrays[name].shape} must be {(layers, pages, *one.shape)}."
                 )
+            if self.arrays[name].dtype != one.dtype:
+                raise ValueError(f"{name}.dtype={self.arrays[name].dtype} must be {one.dtype}.")
         return dict(
             layers=layers,
             pages=pages,

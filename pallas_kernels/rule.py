@@ -11,6 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.checks import check_types, whole_number
 from pallas_kernels.shapes import cdiv
 
 
@@ -70,12 +71,16 @@ class Rule:
 
     def checked(self) -> "Rule":
         """Returns itself; raises ValueError naming a value that makes no sense."""
-        if self.window is not None and self.window < 1:
-            raise ValueError(f"window={self.window} must be at least 1, or None for all tokens.")
-        if self.sink_tokens < 0:
-            raise ValueError(f"sink_tokens={self.sink_tokens} must not be negative.")
-        if self.stride < 1:
-            raise ValueError(f"stride={self.stride} must be at least 1.")
+        if self.window is not None:
+            whole_number("window", self.window, least=1, hint=", or None for all tokens")
+        whole_number("sink_tokens", self.sink_tokens, least=0)
+        whole_number("stride", self.stride, least=1)
+        if self.lag is not None:
+            check_types(lag=(self.lag, PageLag))
+            whole_number("lag.page_size", self.lag.page_size, least=1)
+            whole_number("lag.least", self.lag.least, least=0)
+            if self.lag.most is not None:
+                whole_number("lag.most", self.lag.most, least=0)
         if self.stride > 1 and self.lag is not None:
             raise ValueError(f"stride={self.stride} must be 1 with a lag: a lag counts tokens.")
         return self

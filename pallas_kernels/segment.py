@@ -12,7 +12,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.checks import check_floats, check_types
 from pallas_kernels.rule import Rule
+from pallas_kernels.x32 import in_32_bits
 
 
 @jax.tree_util.register_dataclass
@@ -88,19 +90,32 @@ class Part(NamedTuple):
     lse: jax.Array  # f32[batch, q_tokens, q_heads], natural log, -inf where the set was empty
 
 
+@in_32_bits
 def merge(a: Part, b: Part) -> Part:
-    """Attention over two disjoint key sets from attention over each, in float32."""
+    """Attention over two disjoint key sets from attention over each, in float32.
+
+    Raises:
+      ValueError: the parts differ in shape.
+    """
+    check_types(a=(a, Part), b=(b, Part))
+    shape = a.out.shape
+    for name, x, rule in (
+        ("a.lse", a.lse, shape[:-1]), ("b.out", b.out, shape), ("b.lse", b.lse, shape[:-1])
+    ):  # fmt: skip
+        if x.shape != rule:
+            raise ValueError(f"{name}.shape={x.shape} must be {rule}.")
     top = jnp.maximum(a.lse, b.lse)
     top = jnp.where(top == -jnp.inf, 0.0, top)  # -inf - -inf is NaN
     weight_a, weight_b = jnp.exp(a.lse - top), jnp.exp(b.lse - top)
     total = weight_a + weight_b
-    seen = total > 0
+    seen = total != 0  # a NaN in either part stays one
     total = jnp.where(seen, total, 1.0)
     out_a, out_b = a.out.astype(jnp.float32), b.out.astype(jnp.float32)
     out = out_a * (weight_a / total)[..., None] + out_b * (weight_b / total)[..., None]
     return Part(out, jnp.where(seen, top + jnp.log(total), -jnp.inf))
 
 
+@in_32_bits
 def add_learned_sink(part: Part, sink_logits: jax.Array) -> Part:
     """Adds `exp(sink_logits)` to the softmax denominator and nothing to the numerator (gpt-oss).
 
@@ -109,10 +124,11 @@ def add_learned_sink(part: Part, sink_logits: jax.Array) -> Part:
       sink_logits: `[q_heads]`, `-inf` for none; not multiplied by the attention scale.
 
     Raises:
-      ValueError: not one logit per query head.
+      ValueError: not one logit, a float, per query head.
     """
     if sink_logits.shape != part.lse.shape[-1:]:
         raise ValueError(f"sink_logits.shape={sink_logits.shape} must be {part.lse.shape[-1:]}.")
+    check_floats(sink_logits=sink_logits)
     sink = sink_logits.astype(jnp.float32).reshape((1,) * (part.lse.ndim - 1) + sink_logits.shape)
     sink = jnp.broadcast_to(sink, part.lse.shape)
     return merge(part, Part(jnp.zeros_like(part.out), sink))

@@ -15,9 +15,12 @@ NAMES = {
         "TokensLast TokensOnLanes TurboQuant codec_names default_layout dequantize_original "
         "gaussian_mse get_codebook get_codec page_mean recipe"
     ),
-    "pallas_kernels": "",
+    "pallas_kernels": (
+        "PageLag Pages Part Queries Rule Segment add_learned_sink decode_attention empty_pages "
+        "merge paged_attention quantize_pages write_pages"
+    ),
     "pallas_kernels.paged_attention": "BACKENDS choose paged_attention",
-    "pallas_kernels.quantize_pages": "choose quantize_pages",
+    "pallas_kernels.quantize_pages": "BACKENDS choose quantize_pages",
     "pallas_kernels.write_pages": "BACKENDS choose write_pages",
     "models": (
         "Checkpoint CheckpointError Decoder DecoderConfig NAMES architecture_config load "

@@ -1,7 +1,7 @@
 """Codecs without a rotation: min-max uniform, symmetric int8, and plain float8 casts."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,8 @@ class MinMax(TensorCodec):
     stored as float16. Codes are chosen for the stored factors, so that the factors' rounding does
     not add to the error.
     """
+
+    always_finite: ClassVar[bool] = True
 
     bits: int = 4  # pyright: ignore[reportIncompatibleMethodOverride]
 
@@ -44,6 +46,8 @@ class MinMax(TensorCodec):
 class Int8(TensorCodec):
     """Symmetric int8 per token and head: `x = scale * code`, `scale = max |x| / 127`, float16."""
 
+    always_finite: ClassVar[bool] = True
+
     @property
     def bits(self) -> int:
         return 8
@@ -67,6 +71,8 @@ class Int8(TensorCodec):
 @dataclass(frozen=True)
 class Float8(TensorCodec):
     """An unscaled cast that saturates (e4m3 at 448, e5m2 at 57344): never NaN, never infinite."""
+
+    always_finite: ClassVar[bool] = True
 
     format: Literal["e4m3", "e5m2"] = "e4m3"
 

@@ -19,6 +19,7 @@ from pallas_kernels.codecs.factors import FLOAT16_MAX, load_factor, round_to_flo
 
 INPUT_MAX = 1e30  # larger magnitudes are clipped: differences of two stay far from overflow
 SMALLEST = 1e-30  # a vector below it in every channel counts as zero: its factor would round to 0
+EXACT_DTYPES = ("bfloat16", "float16", "float32")
 _MEAN_DTYPE = jnp.dtype("float16")
 
 
@@ -39,6 +40,9 @@ class TensorCodec:
 
     # Whether codes describe rotated vectors; then queries are rotated and outputs rotated back.
     rotated: ClassVar[bool] = False
+    # Whether levels are finite whatever was quantized (factors must be, in every codec). Attention
+    # takes care that other levels reach only the rows that see them.
+    always_finite: ClassVar[bool] = False
 
     @property
     def bits(self) -> int:
@@ -118,6 +122,10 @@ class Exact(TensorCodec):
     """The identity: values kept in `dtype`, NaN and infinity included."""
 
     dtype: str = "bfloat16"
+
+    def __post_init__(self):
+        if self.dtype not in EXACT_DTYPES:
+            raise ValueError(f"dtype={self.dtype!r} must be one of {', '.join(EXACT_DTYPES)}.")
 
     @property
     def bits(self) -> int:

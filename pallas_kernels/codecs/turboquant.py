@@ -42,6 +42,7 @@ class TurboQuant(TensorCodec):
     """
 
     rotated: ClassVar[bool] = True
+    always_finite: ClassVar[bool] = True
     pre_scales: ClassVar[tuple[float, ...]] = PRE_SCALES  # tried by `search`
 
     bits: int = 4  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -7,11 +7,20 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from pallas_kernels.backends import Backend, choose_backend
+from pallas_kernels.checks import (
+    check_filled,
+    check_floats,
+    check_types,
+    int32s,
+    layer_index,
+    positive_number,
+)
 from pallas_kernels.paged_attention import reference, triton, xla
 from pallas_kernels.pages import Pages
 from pallas_kernels.rule import Rule
 from pallas_kernels.segment import Part, Queries, Segment
 from pallas_kernels.shapes import bind_dims
+from pallas_kernels.x32 import in_32_bits
 
 BACKENDS: dict[Backend, ModuleType] = {"xla": xla, "reference": reference, "gpu": triton}
 
@@ -67,7 +76,7 @@ def paged_attention(
       segment: which pages of each sequence are read.
       rule: which of their keys a query sees; static.
       layer: index into the pools' first axis, static or traced.
-      scale: usually `head_dim ** -0.5`.
+      scale: a positive number, usually `head_dim ** -0.5`.
       soft_cap: bound on scores, `soft_cap * tanh(s / soft_cap)` (Gemma 2); None for none.
       out_dtype: dtype of `Part.out`; use float32 for a part that will be merged.
       backend: "gpu", "xla" or "reference"; None picks by platform.
@@ -77,9 +86,37 @@ def paged_attention(
       nothing give 0 and `-inf`.
 
     Raises:
-      ValueError: shapes disagree, or the rule makes no sense.
+      ValueError: an argument of a wrong type, kind of numbers, shape or range; a static `layer`
+        that is not there; a rule that makes no sense.
       NotImplementedError: the named backend does not serve this call.
     """
+    if not jnp.issubdtype(out_dtype, jnp.floating):
+        raise ValueError(f"out_dtype={jnp.dtype(out_dtype)} must be a float type.")
+    out_dtype = jnp.dtype(out_dtype)
+    computed = jnp.dtype(jnp.float32) if out_dtype.itemsize > 4 else out_dtype
+    options = dict(layer=layer, scale=scale, soft_cap=soft_cap, out_dtype=computed, backend=backend)
+    part = _attend(queries, pages, segment, rule, **options)
+    return part if computed == out_dtype else part._replace(out=part.out.astype(out_dtype))
+
+
+@in_32_bits
+def _attend(
+    queries: Queries,
+    pages: Pages,
+    segment: Segment,
+    rule: Rule,
+    *,
+    layer,
+    scale,
+    soft_cap,
+    out_dtype,
+    backend,
+) -> Part:
+    """Checks the call, and makes it."""
+    check_types(
+        queries=(queries, Queries), pages=(pages, Pages), segment=(segment, Segment),
+        rule=(rule, Rule),
+    )  # fmt: skip
     dims, rule = pages.dims, rule.checked()
     sizes = bind_dims(
         q=(queries.q, "batch q_tokens q_heads head_dim"),
@@ -90,6 +127,9 @@ def paged_attention(
         kv_start=(segment.start, "batch"),
         kv_stop=(segment.stop, "batch"),
     )
+    check_filled(sizes)
+    check_floats(q=queries.q)
+    queries, segment = _with_int32(queries, segment)
     if sizes["head_dim"] != dims["head_dim"]:
         raise ValueError(f"q has head_dim={sizes['head_dim']}, the pages {dims['head_dim']}.")
     if sizes["q_heads"] % dims["kv_heads"]:
@@ -102,8 +142,23 @@ def paged_attention(
         pages,
         segment,
         rule,
-        layer=layer,
-        scale=scale,
-        soft_cap=soft_cap,
-        out_dtype=jnp.dtype(out_dtype),
+        layer=layer_index(layer, dims["layers"]),
+        scale=positive_number("scale", scale),
+        soft_cap=None if soft_cap is None else positive_number("soft_cap", soft_cap),
+        out_dtype=out_dtype,
     )
+
+
+def _with_int32(queries: Queries, segment: Segment) -> tuple[Queries, Segment]:
+    """The same with all tables, positions and lengths as int32."""
+    start, lens, table, kv_start, kv_stop = int32s(
+        q_start=queries.start,
+        q_lens=queries.lens,
+        page_table=segment.table,
+        kv_start=segment.start,
+        kv_stop=segment.stop,
+    )
+    sinks = segment.sinks
+    if sinks is not None:
+        [sinks] = int32s(sink_table=sinks)
+    return Queries(queries.q, start, lens), Segment(table, kv_start, kv_stop, sinks)

@@ -60,13 +60,21 @@ def paged_attention(
             score = soft_cap * jnp.tanh(score / soft_cap)
         # A branch, because most blocks of a long sequence need no mask, and because XLA on CPUs
         # would otherwise recompute the mask, unvectorised, in every operation that uses it.
+        whole = jnp.all(sees)
         score, values = jax.lax.cond(
-            jnp.all(sees), lambda score, values, sees: (score, values), _hide, score, values, sees
+            whole, lambda score, values, sees: (score, values), _hide, score, values, sees
         )
         m_new = jnp.maximum(m, jnp.max(score, axis=-1))
         p = jnp.exp(score - m_new[..., None])
         shrink = jnp.exp(m - m_new)
         part = _weighted_sum(p, values)
+        if q_tokens > 1 and not codec.value.always_finite:  # a single query: `_hide` was enough
+            part = jax.lax.cond(
+                whole | jnp.all(jnp.isfinite(part)),
+                lambda part, p, values, sees: part,
+                lambda part, p, values, sees: _isolated_sum(p, values, sees),
+                *(part, p, values, sees),
+            )
         return m_new, l * shrink + jnp.sum(p, axis=-1), acc * shrink[..., None] + part
 
     state = (
@@ -78,7 +86,7 @@ def paged_attention(
         m, l, acc = attend_block(0, state)
     else:
         m, l, acc = jax.lax.fori_loop(0, blocks.count, attend_block, state)
-    seen = l > 0
+    seen = l != 0  # also where a key that is seen made it NaN
     total = jnp.where(seen, l, 1.0)
     lse = jnp.where(seen, m + jnp.log(total), -jnp.inf)
     per_row = (batch, kv_heads, group, q_tokens)
@@ -223,10 +231,26 @@ def _weighted_sum(p: jax.Array, values: Vectors) -> jax.Array:
     return out + jnp.sum(p * values.zero[:, :, None], axis=-1, keepdims=True)
 
 
+def _isolated_sum(p: jax.Array, values: Vectors, sees: jax.Array) -> jax.Array:
+    """`_weighted_sum` where a value that is not finite reaches only the rows that see it.
+
+    There its channel is NaN. As a term of the sum it would reach all rows: 0 * NaN is NaN.
+    """
+    finite = jnp.isfinite(values.x)
+    clean = _weighted_sum(p, values._replace(x=jnp.where(finite, values.x, 0.0)))
+    sees = jnp.broadcast_to(_by_row(sees, p.shape[2]), p.shape)
+    spoiled = _weighted_sum(sees.astype(jnp.float32), Vectors((~finite).astype(jnp.float32)))
+    return jnp.where(spoiled > 0, jnp.nan, clean)
+
+
+def _by_row(sees: jax.Array, rows: int) -> jax.Array:
+    """The mask of query tokens, `bool[batch, q_tokens, keys]`, for the rows of a kv head."""
+    return jnp.tile(sees, (1, rows // sees.shape[1], 1))[:, None]
+
+
 def _hide(score: jax.Array, values: Vectors, sees: jax.Array) -> tuple[jax.Array, Vectors]:
     """Masks scores that `sees`, `bool[batch, q_tokens, keys]`, forbids; zeroes unseen values."""
-    group = score.shape[2] // sees.shape[1]
-    score = jnp.where(jnp.tile(sees, (1, group, 1))[:, None], score, -jnp.inf)
+    score = jnp.where(_by_row(sees, score.shape[2]), score, -jnp.inf)
     used = jnp.any(sees, axis=1)[:, None]  # [batch, 1, keys]
 
     def hide(x):  # a value that no query sees may be NaN, and 0 * NaN is NaN

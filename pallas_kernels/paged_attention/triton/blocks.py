@@ -36,6 +36,7 @@ class Blocks:
     layer: Any  # i32[]
     b: jax.Array  # i32[], sequence
     span: SpanPages
+    q_start: Any  # i32[], position of the first query
     seen: Span  # positions of the run that some query sees
     sinks: Span | None  # positions in pinned sink pages that some query sees
     base: jax.Array  # i32[], number of the item's first token among the tokens of the span's pages
@@ -92,11 +93,16 @@ class Blocks:
             is_sink = positions < self.case.sink_pages * self.case.page_size
             start = jnp.where(is_sink, sink_start, start)
             stop = jnp.where(is_sink, sink_stop, stop)
-        return (positions >= start) & (positions < stop)
+        inside = (positions >= start) & (positions < stop)
+        if self.case.q_tokens == 1 and self.case.rule.needs_mask(1):
+            # All rows are one query's, which does not see what lies between sinks and its window.
+            # Not loaded, rather than masked: it may be NaN, and 0 * NaN is NaN.
+            inside = inside & self.case.rows_see(self.q_start, positions)
+        return inside
 
 
 def blocks_of(
-    item: Item, refs: Inputs, case: Case, *, size: int, head, layer, seen: Span
+    item: Item, refs: Inputs, case: Case, *, size: int, head, layer, q_start, seen: Span
 ) -> Blocks:
     """Cuts an item into blocks of `size` tokens, for one kv head."""
     b, span = item.b, item.span
@@ -116,6 +122,7 @@ def blocks_of(
         layer=layer,
         b=b,
         span=span,
+        q_start=q_start,
         seen=seen,
         sinks=sinks,
         base=base,

@@ -34,8 +34,12 @@ class Case:
 
     @property
     def masks_rows(self) -> bool:
-        """Whether some row may fail to see some key of the span."""
-        return self.rule.needs_mask(self.q_tokens)
+        """Whether a row may fail to see a key that another row sees."""
+        return self.q_tokens > 1
+
+    def rows_see(self, q_position, positions):
+        """Whether queries see tokens of the span, broadcast."""
+        return self.rule.seen(q_position, positions, pinned=self.sink_pages * self.page_size)
 
     def find_span(self, bounds: Bounds) -> SpanPages:
         """Pages that some query of a sequence sees."""

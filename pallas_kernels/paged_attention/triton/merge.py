@@ -53,7 +53,7 @@ def _combine_kernel(
             other=0.0,
         )
         m_new = jnp.maximum(m, jnp.max(lse))
-        weight = jnp.where(lse > NOTHING_SEEN, jnp.exp2(lse - m_new), 0.0)
+        weight = jnp.where(lse != NOTHING_SEEN, jnp.exp2(lse - m_new), 0.0)
         shrink = jnp.exp2(m - m_new)
         return (
             m_new,
@@ -65,10 +65,11 @@ def _combine_kernel(
     def _():
         init = (jnp.float32(NOTHING_SEEN), jnp.float32(0), jnp.zeros((columns,), jnp.float32))
         m, l, acc = jax.lax.fori_loop(0, pl.cdiv(count, block), merge, init)
-        total = jnp.where(l > 0, l, 1.0)
+        seen = l != 0  # a part that is NaN makes its sequence NaN
+        total = jnp.where(seen, l, 1.0)
         out = (acc * (1.0 / total)).astype(out_ref.dtype)
         plgpu.store(out_ref.at[b, t, head, column], out, mask=inside)
-        out_lse_ref[b, t, head] = jnp.where(l > 0, (m + jnp.log2(total)) * LN2, -jnp.inf)
+        out_lse_ref[b, t, head] = jnp.where(seen, (m + jnp.log2(total)) * LN2, -jnp.inf)
 
 
 def combine(

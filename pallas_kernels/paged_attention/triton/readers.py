@@ -70,6 +70,11 @@ class WholeReader:
     arrays: tuple[str, ...]
 
     @property
+    def always_finite(self) -> bool:
+        """Whether no value is NaN or infinite: the codecs' 8-bit ones, which saturate."""
+        return jnp.dtype(self.stored).itemsize == 1
+
+    @property
     def dims(self) -> tuple[np.ndarray, ...]:
         """Dims in each operand's columns."""
         return tuple(np.arange(a, a + n) for a, n in split_columns(self.head_dim))
@@ -111,6 +116,7 @@ class PlanesReader:
     bytes_are: str = "uint8"
 
     dtype = "float16"
+    always_finite = True
 
     @property
     def width(self) -> int:

@@ -31,6 +31,7 @@ from pallas_kernels.segment import NOTHING_SEEN, Span
 # with a factor of up to 4094 still fits into float16; larger factors saturate, as they do for a
 # token that is not finite.
 FLOAT16_OFFSET = 4.0
+FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
 class State(NamedTuple):
@@ -88,6 +89,16 @@ class ItemAttention:
         edges = whole_start + count - whole_stop
         return self._loop(0, edges, state, masked=True, number=edge)
 
+    def run_isolated(self) -> State:
+        """Attends all blocks; values that are not finite make NaN only in rows that see them."""
+        return self._loop(0, self.blocks.count, self._start(), masked=True, isolated=True)
+
+    def is_spoiled(self, state: State):
+        """Whether a sum of values is not finite in some row that is no padding, `bool[]`."""
+        real = self.axes.by_row(self.row_token < self.q_len)
+        bad = [jnp.where(real & ~(jnp.abs(x) <= FLOAT32_MAX), 1, 0) for x in state.accs]
+        return functools.reduce(jnp.maximum, map(jnp.max, bad)) > 0
+
     def _start(self) -> State:
         axes, rows, block = self.axes, self.rows, self.config.block
         return State(
@@ -99,8 +110,10 @@ class ItemAttention:
             ),
         )
 
-    def _loop(self, start, stop, state: State, *, masked: bool, number=lambda e: e) -> State:
-        """Attends the blocks `number(e)` for `start <= e < stop`.
+    def _loop(
+        self, start, stop, state: State, *, masked: bool, isolated=False, number=lambda e: e
+    ) -> State:
+        """Attends the blocks `number(e)` for `start <= e < stop`; options as in `_attend`.
 
         Each step looks up the next step's page. Each load that an address depends on uses up one of
         Triton's pipeline stages; the rest is how far ahead words are copied. If the page were
@@ -108,21 +121,26 @@ class ItemAttention:
         """
         blocks = self.blocks
         page_of_start = blocks.look_up(number(start))
+        attend = functools.partial(self._attend, masked=masked, isolated=isolated)
         if self.refs.table.shape[1] == 1:
             # Every step has the same page. Triton would move its load out of the loop, and then
             # fails on the loop's carry.
-            step = lambda e, state: self._attend(number(e), state, masked, page_of_start)
+            step = lambda e, state: attend(number(e), state, page_of_start)
             return jax.lax.fori_loop(start, stop, step, state)
 
         def step_ahead(e, carry):
             state, page = carry
             ahead = blocks.look_up(number(jnp.minimum(e + 1, stop - 1)))
-            return self._attend(number(e), state, masked, page), ahead
+            return attend(number(e), state, page), ahead
 
         return jax.lax.fori_loop(start, stop, step_ahead, (state, page_of_start))[0]
 
-    def _attend(self, i, state: State, masked: bool, page) -> State:
-        """Adds block `i` to the running sums."""
+    def _attend(self, i, state: State, page, *, masked: bool, isolated: bool) -> State:
+        """Adds block `i`, whose page is `page`, to the running sums.
+
+        `masked` hides what a row does not see. `isolated` keeps values that are not finite out of
+        the dot, and makes their channels NaN in the rows that see them.
+        """
         case, axes = self.case, self.axes
         address, positions, inside = self.blocks.locate(i, page, masked=masked)
         factors = self._load_factors(address) if self.config.early_factors else None
@@ -154,11 +172,10 @@ class ItemAttention:
             p = p * axes.by_token(factor)
         p = p.astype(case.v.dtype)
         values = case.v.operands(v_words, case.asm, self.v_shifts, dims_first=axes.transposed)
-        accs = tuple(
-            acc * axes.by_row(shrink) + axes.outputs(p, v_part)
-            for acc, v_part in zip(state.accs, values, strict=True)
-        )
-        return State(m_new, l, zero_sum, accs)
+        outputs = lambda acc, v: acc * axes.by_row(shrink) + axes.outputs(p, v)
+        if isolated:
+            outputs = _isolate(outputs, axes, ok)
+        return State(m_new, l, zero_sum, tuple(map(outputs, state.accs, values)))
 
     def _scores(self, dots, k_factors: list[jax.Array], address: Address):
         """Scores in base 2 from the dots of queries and levels."""
@@ -183,7 +200,7 @@ class ItemAttention:
         if not case.masks_rows:
             return axes.by_token(inside)
         i, j = axes.by_row(self.q_start + self.row_token), axes.by_token(positions)
-        seen = case.rule.seen(i, j, pinned=case.sink_pages * case.page_size)
+        seen = case.rows_see(i, j)
         return seen & axes.by_token(inside) & axes.by_row(self.row_token < self.q_len)
 
     def _load_factors(self, address: Address) -> dict[tuple[str, int], jax.Array]:
@@ -191,6 +208,25 @@ class ItemAttention:
         places = self.case.k_factors + self.case.v_factors
         words = dict.fromkeys((x.array, x.row) for x in places)
         return {(name, row): address.load_factor(self.refs.pools[name], row) for name, row in words}
+
+
+def _isolate(outputs, axes: Axes, ok):
+    """`outputs(acc, v)`, but `v` that is not finite makes NaN only in rows that see it (`ok`)."""
+
+    def isolated(acc, v):
+        finite = _is_finite(v)
+        acc = outputs(acc, jnp.where(finite, v, jnp.zeros_like(v)))
+        spoiled = axes.outputs(ok.astype(v.dtype), jnp.where(finite, 0, 1).astype(v.dtype))
+        return jnp.where(spoiled > 0, jnp.nan, acc)
+
+    return isolated
+
+
+def _is_finite(x: jax.Array) -> jax.Array:
+    """Whether floats are neither NaN nor infinite, by their bits: no wider type in registers."""
+    bits = jax.lax.bitcast_convert_type(x, f"int{8 * x.dtype.itemsize}")
+    infinity = np.asarray(np.inf, x.dtype).view(bits.dtype)
+    return (bits & infinity) != infinity
 
 
 def item_attention(
@@ -222,7 +258,9 @@ def item_attention(
         case=case,
         config=config,
         axes=axes,
-        blocks=blocks_of(item, refs, case, size=config.block, head=h, layer=layer, seen=seen),
+        blocks=blocks_of(
+            item, refs, case, size=config.block, head=h, layer=layer, q_start=q_start, seen=seen
+        ),
         q_start=q_start,
         q_len=q_len,
         row_token=row_token,
