@@ -146,10 +146,13 @@ def _first(values: np.ndarray, where: np.ndarray) -> int:
     return int(values[where][0])
 
 
-def _pages_of(store: Store, lengths: np.ndarray) -> list[dict[int, int]]:
+def _pages_of(
+    store: Store, lengths: np.ndarray, pending: np.ndarray | int = 0
+) -> list[dict[int, int]]:
     """The logical pages that each sequence has, with the place of each in `_table_rows`."""
     span, width = store.spec.span, store.spec.width
-    first, stop = (np.asarray(f(jnp.asarray(lengths))) for f in (span.first_page, span.stop_page))
+    first = np.asarray(span.first_page(jnp.asarray(lengths)))
+    stop = np.asarray(span.stop_page(jnp.asarray(lengths + pending)))
     out = []
     for b in range(len(lengths)):
         run = range(max(int(first[b]), span.sink_pages), int(stop[b]))
@@ -166,10 +169,10 @@ def _table_rows(store: Store) -> np.ndarray:
 def _wrong_tables(store: Store, lengths: np.ndarray, pending: np.ndarray) -> Iterator[str]:
     """Every sequence holds the pages of its committed and prepared tokens, and no others."""
     rows = _table_rows(store)
-    committed, prepared = _pages_of(store, lengths), _pages_of(store, lengths + pending)
+    pages = _pages_of(store, lengths, pending)
     for b, row in enumerate(rows):
         wanted = np.zeros(row.size, bool)
-        wanted[[*committed[b].values(), *prepared[b].values()]] = True
+        wanted[list(pages[b].values())] = True
         if ((row != NULL_PAGE) & ~wanted).any():
             page = _first(row, (row != NULL_PAGE) & ~wanted)
             yield f"sequence {b} of {lengths[b]} tokens holds page {page}, which it does not need"
