@@ -31,7 +31,8 @@ def _stored_means(
             f"codec {codec.name!r} removes a static key mean, and key_means=None: fit them with "
             "jaxkv.fit_key_means (scripts/fit_key_means.py), or use key_mean='page' or None."
         )
-    if not isinstance(key_means, Sequence | jax.Array | np.ndarray) or len(key_means) != layers:
+    listed = isinstance(key_means, Sequence) or np.ndim(key_means) > 0
+    if not listed or len(key_means) != layers:
         raise ValueError(
             f"key_means must have one mean for each of {layers} layers, not {shown(key_means)}."
         )

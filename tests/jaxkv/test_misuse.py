@@ -84,7 +84,7 @@ MIXED = KVCache.create(config(FULL, WINDOW)).prepare([8, 8, 8])
         (lambda: PREPARED.free([0, 2]), r"mask must be true or false.*int64\[2\]"),
         (lambda: KVCache.create(config()).fork(0.0, 1), "src must be the number of a sequence"),
         (lambda: KVCache.create(config()).fork(0, [True]), "dst must be the number"),
-        (lambda: KVCache.create((FULL,)), "config must be a CacheConfig, not tuple"),
+        (lambda: KVCache.create((FULL,)), r"config must be a CacheConfig, not \(LayerSpec"),
         (lambda: PREPARED.attend(2, *vectors()), "layer=2 must be a whole number below 2"),
         (lambda: PREPARED.attend(-1, *vectors()), "layer=-1 must be"),
         (lambda: PREPARED.attend(1.0, *vectors()), "layer=1.0 must be"),
