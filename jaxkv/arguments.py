@@ -1,6 +1,5 @@
 """Checks of arguments that people pass: what kind of value each is, in one line where it is not."""
 
-import math
 import numbers
 from typing import Any
 
@@ -20,18 +19,6 @@ def check_whole(name: str, value: object, *, least: int) -> int:
     if value > MOST_INT:
         raise ValueError(f"{name}={shown(value)} must be below 2**31.")
     return int(value)
-
-
-def check_number(name: str, value: object, *, positive: bool) -> None:
-    """ValueError unless a number is finite, and above 0 if it must be; of arrays, one float."""
-    rule = "a finite number above 0" if positive else "a finite number"
-    if isinstance(value, jax.Array | np.ndarray):
-        if value.ndim or not jnp.issubdtype(value.dtype, jnp.floating):
-            raise ValueError(f"{name} must be {rule}, not {_kind(value)}.")
-        return
-    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or (positive and value <= 0):
-        raise ValueError(f"{name}={value!r} must be {rule}.")
 
 
 def check_floats(**arrays: object) -> None:

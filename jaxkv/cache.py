@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.experimental import checkify
 
 from jaxkv.allocator import NULL_PAGE
-from jaxkv.arguments import check_floats, check_number, counts, sequence_numbers, shown
+from jaxkv.arguments import check_floats, counts, sequence_numbers, shown
 from jaxkv.arguments import mask as read_mask
 from jaxkv.attend import attend_stores
 from jaxkv.config import CacheConfig, Layer
@@ -26,6 +26,7 @@ from jaxkv.page_tables import entries, look_up
 from jaxkv.static_means import static_means
 from jaxkv.store import Committed, Fork, NewTokens, Store, create_store
 from pallas_kernels.backends import Backend
+from pallas_kernels.checks import positive_number
 from pallas_kernels.segment import Queries
 from pallas_kernels.shapes import bind_dims
 
@@ -171,9 +172,9 @@ class KVCache:
         number, index = self.config.place(layer)
         check_floats(q=q, k=k, v=v, sink_logits=sink_logits, q_sink=q_sink)
         if soft_cap is not None:
-            check_number("soft_cap", soft_cap, positive=True)
+            soft_cap = positive_number("soft_cap", soft_cap)
         if scale is not None:
-            check_number("scale", scale, positive=False)
+            scale = positive_number("scale", scale)
         group = self.config.groups[number]
         spec, dims = group.spec, self.stores[group.stores[0]].pages.dims
         sizes = bind_dims(

@@ -31,19 +31,19 @@ def quantize_pages(coded: Pages, exact: Pages, *, layer, source, target, wanted)
     def quantize_block(i, coded):
         item = i * block + jnp.arange(block, dtype=jnp.int32)
         n = item // layers
-        own = item % layers if layer is None else jnp.broadcast_to(jnp.int32(layer), item.shape)
+        own = item % layers if layer is None else jnp.broadcast_to(layer, item.shape)
         target = jnp.where(item < count, targets[n], coded.dims["pages"])
 
         def read(pool):
             if not one_by_one:
                 return pool[own, sources[n]]
-            start = (own[0], sources[n[0]]) + (jnp.int32(0),) * (pool.ndim - 2)
+            start = (own[0], sources[n[0]]) + (0,) * (pool.ndim - 2)
             return jax.lax.dynamic_slice(pool, start, (1, 1, *pool.shape[2:]))[0]
 
         def put(pool, x):
             if not one_by_one:
                 return pool.at[own, target].set(x, mode="drop")
-            start = (own[0], target[0]) + (jnp.int32(0),) * (pool.ndim - 2)
+            start = (own[0], target[0]) + (0,) * (pool.ndim - 2)
             return jax.lax.dynamic_update_slice(pool, x[None], start)
 
         k, key_mean = (
