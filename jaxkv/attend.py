@@ -64,7 +64,7 @@ def _segments(
     span, tables, pages = store.spec.span, store.tables, store.pages
     stop = queries.start + queries.lens
     start = span.first_page(queries.start) * span.page_size
-    if not span.sink_pages:
+    if tables.sinks is None:
         yield queries, pages, Segment(tables.ring, start, stop), span.rule
         return
     if q_sink is None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jaxkv.allocator import NULL_PAGE
 from jaxkv.arguments import shown
@@ -37,7 +38,7 @@ def verify(cache: KVCache, *, finite: bool) -> None:
     if not isinstance(cache, KVCache):
         raise ValueError(f"cache must be a KVCache, not {shown(cache)}.")
     leaves = jax.tree.leaves(cache)
-    if any(isinstance(x, jax.core.Tracer) for x in leaves):
+    if any(isinstance(x, Tracer) for x in leaves):
         raise ValueError("check runs on the host, outside of jit: the cache is traced.")
     if any(x.is_deleted() for x in leaves if isinstance(x, jax.Array)):
         raise ValueError("cache was donated to a step: use the cache that the step returned.")
@@ -48,6 +49,7 @@ def verify(cache: KVCache, *, finite: bool) -> None:
         raise ValueError(f"cache is broken: {named}.")
 
 
+@functools.lru_cache(maxsize=32)
 def abstract_cache(config: CacheConfig) -> KVCache:
     """The shapes and dtypes of a cache of `config`; nothing is allocated."""
     means = [jnp.zeros((spec.kv_heads, spec.head_dim)) for spec in config.layers]

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.experimental import checkify
 
 from jaxkv.arguments import check_whole
@@ -171,7 +172,7 @@ class CacheConfig:
         codec, size = spec.kv_codec, self.page_size
         make = functools.partial(self._store, layers=layers, kv_heads=spec.kv_heads)
         span = functools.partial(PageSpan, page_size=size, first=sink_pages)
-        plain = Plain(codec=exact_codec(spec.dtype), head_dim=spec.head_dim, page_size=size)
+        plain = Plain(codec=exact_codec(str(spec.dtype)), head_dim=spec.head_dim, page_size=size)
         rule = Rule(window=spec.window, sink_tokens=spec.sink_tokens if sink_pages else 0)
         if not codec.lossy:
             return [make(span(rule=rule, sink_pages=sink_pages), TokenFill(), plain)]
@@ -242,7 +243,7 @@ class CacheConfig:
                     "give (group, index) with a static group, see config.locate."
                 )
         else:
-            return self.locate(layer)
+            return self.locate(layer)  # type: ignore[arg-type]
         layers = len(self.groups[group].layers)
         if isinstance(index, jax.Array):
             if index.ndim or not jnp.issubdtype(index.dtype, jnp.integer):
@@ -268,7 +269,7 @@ class CacheConfig:
 
 def _as_int(value: Any) -> Any:
     """An integer in an array whose value is known as an int; anything else as it is."""
-    known = isinstance(value, jax.Array | np.ndarray) and not isinstance(value, jax.core.Tracer)
+    known = isinstance(value, jax.Array | np.ndarray) and not isinstance(value, Tracer)
     if known and value.ndim == 0 and jnp.issubdtype(value.dtype, jnp.integer):
         return int(value)
     return value

@@ -99,7 +99,7 @@ def explain(
                 sink_tokens=group.spec.sink_tokens,
                 sink_positions=group.spec.sink_positions,
                 codec=codec.name,
-                dtype=group.spec.dtype,
+                dtype=str(group.spec.dtype),
                 bits_per_value=group.bits_per_value,
                 recent_pages=codec.recent_pages if group.coded else 0,
                 exact_sink_pages=group.sink_pages if group.coded else 0,

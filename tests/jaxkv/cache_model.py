@@ -217,7 +217,6 @@ class Model:
 
 def check(cache: KVCache, model: Model):
     """Asserts every invariant of pools and tables, and that cache and model say the same."""
-    jaxkv.check(cache)
     cache, contents = jax.device_get((cache, read_all(cache)))
     for name in ("lengths", "pending", "starved", "too_long"):
         assert getattr(cache, name).tolist() == getattr(model, name), name
@@ -322,9 +321,11 @@ class Pair:
         self.cache = free(self.cache, jnp.asarray(mask))
         self.model.free(mask)
         check(self.cache, self.model)
+        jaxkv.check(self.cache)
 
     def fork(self, src, dst):
         rest = [b for b in range(BATCH) if b not in dst]  # onto themselves: one shape to compile
         self.cache = fork(self.cache, i32([*src, *rest]), i32([*dst, *rest]))
         self.model.fork(src, dst)
         check(self.cache, self.model)
+        jaxkv.check(self.cache)

@@ -14,6 +14,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
+import jaxkv
 from jaxkv import CacheConfig, KVCache, LayerSpec
 from jaxkv.codecs import KVCodec
 from pallas_kernels.codecs.affine import MinMax
@@ -152,6 +153,10 @@ class CacheMachine(RuleBasedStateMachine):
     @rule(mask=per_sequence(st.booleans()))
     def free_several(self, mask):
         self.pair.free(mask)
+
+    def teardown(self):
+        if hasattr(self, "pair"):  # data may run out before the first step
+            jaxkv.check(self.pair.cache)
 
 
 class MixedMachine(CacheMachine):
