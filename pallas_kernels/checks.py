@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 MOST = 2**31 - 1  # positions and page ids are int32
 
@@ -73,7 +74,7 @@ def whole_number(name: str, value, *, least: int, most: int = MOST, hint: str = 
 
 def positive_number(name: str, value) -> float:
     """`value` as a float; raises ValueError unless it is a known, finite, positive number."""
-    if isinstance(value, jax.core.Tracer):
+    if isinstance(value, Tracer):
         raise ValueError(f"{name} must be a number, not a traced array: kernels are built for it.")
     scalar = getattr(value, "shape", None) == () and jnp.issubdtype(value.dtype, jnp.floating)
     if isinstance(value, bool) or not (scalar or isinstance(value, numbers.Real)):
@@ -90,6 +91,6 @@ def layer_index(layer, layers: int) -> jax.Array | int:
         return whole_number("layer", layer, least=0, most=layers - 1)
     if layer.shape != () or not jnp.issubdtype(layer.dtype, jnp.integer):
         raise ValueError(f"layer must be one integer, not {layer.dtype}{list(layer.shape)}.")
-    if isinstance(layer, jax.core.Tracer):
+    if isinstance(layer, Tracer):
         return jnp.asarray(layer).astype(jnp.int32)
     return whole_number("layer", layer, least=0, most=layers - 1)

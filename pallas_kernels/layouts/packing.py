@@ -65,14 +65,6 @@ def unpack_runs(words: tuple[jax.Array, ...], bits: int) -> jax.Array:
     return codes ^ np.uint8(8) if bits == 4 else codes
 
 
-def word_dims(head_dim: int, width: int, word_bits: int, *, runs: bool = False) -> np.ndarray:
-    """The dim in each field, `i32[words, fields]`: the order in which a kernel sees dims."""
-    fields = word_bits // width
-    shape = (head_dim // fields, fields) if runs else (fields, head_dim // fields)
-    dims = np.arange(head_dim, dtype=np.int32).reshape(shape)
-    return dims if runs else dims.T
-
-
 def pack_float16_pairs(low: jax.Array, high: jax.Array | None = None) -> jax.Array:
     """Packs a float16 (or uint8) into each half of `u32[...]`; `high=None` leaves zero bits."""
     word = _half_bits(low)

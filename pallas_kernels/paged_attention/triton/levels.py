@@ -13,6 +13,7 @@ import numpy as np
 
 from pallas_kernels.codecs.codebooks import Codebook
 from pallas_kernels.codecs.codec import TensorCodec
+from pallas_kernels.codecs.factors import load_factor
 from pallas_kernels.codecs.turboquant import TurboQuant
 
 # Odd polynomial of t = (code - 7.5) / 8 through the 16 Lloyd-Max levels; largest error 2.2e-4.
@@ -121,7 +122,4 @@ def factor_value(stored: jax.Array, half: int | None = None) -> jax.Array:
         stored = (stored >> np.asarray(bits * half, stored.dtype)).astype(f"uint{bits}")
         if bits == 16:
             stored = jax.lax.bitcast_convert_type(stored, jnp.float16)
-    if stored.dtype == jnp.uint8:
-        bits = stored.astype(jnp.uint16) << np.uint16(7)
-        stored = jax.lax.bitcast_convert_type(bits, jnp.float16)
-    return stored.astype(jnp.float32)
+    return load_factor(stored)

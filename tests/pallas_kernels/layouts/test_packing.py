@@ -13,10 +13,17 @@ from pallas_kernels.layouts.packing import (
     unpack_float16_pairs,
     unpack_planes,
     unpack_runs,
-    word_dims,
 )
 
 HEAD_DIMS = (32, 64, 80, 96, 112, 128, 192, 256, 512)
+
+
+def word_dims(head_dim, width, word_bits, *, runs=False):
+    """The dim in each field, `i32[words, fields]`: the order in which words hold them."""
+    fields = word_bits // width
+    shape = (head_dim // fields, fields) if runs else (fields, head_dim // fields)
+    dims = np.arange(head_dim, dtype=np.int32).reshape(shape)
+    return dims if runs else dims.T
 
 
 def random_codes(shape, bits, seed=0):
