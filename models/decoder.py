@@ -1,6 +1,7 @@
 """A decoder-only transformer over a `KVCache`, one class for all architectures."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -113,7 +114,10 @@ class Decoder(nnx.Module):
         if self.repeats:
             x, cache = self._scan(x, cache, turned, backend)
         for number, block in enumerate(self.layers, start=self.repeats * config.period):
-            x, cache = block(x, cache, number, *turned[number], backend)
+            group, index = cache.config.locate(number)
+            x, cache = _run_block(
+                block, x, cache, jnp.int32(index), *turned[number], group=group, backend=backend
+            )
         return self.norm(x), cache
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
@@ -165,3 +169,23 @@ class Decoder(nnx.Module):
         repeats = jnp.arange(self.repeats, dtype=jnp.int32)
         (x, cache), _ = jax.lax.scan(body, (x, cache), (stacked, repeats))
         return x, cache
+
+
+@functools.partial(jax.jit, static_argnames=("group", "backend"))
+def _run_block(
+    block: Block,
+    x: jax.Array,
+    cache: KVCache,
+    index: jax.Array,
+    angles: Angles,
+    sink_angles: Angles | None,
+    *,
+    group: int,
+    backend: Backend | None,
+) -> tuple[jax.Array, KVCache]:
+    """One block, layer `index` of `group`, as a program of its own that layers share.
+
+    Blocks of equal structure whose layers are in one group are traced and lowered once. XLA inlines
+    the calls, so that each layer still reads its weights in place and writes the donated cache.
+    """
+    return block(x, cache, (group, index), angles, sink_angles, backend)
