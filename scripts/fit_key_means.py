@@ -10,6 +10,7 @@ import jaxkv
 import models
 from scripts.shared.command import run_command
 from scripts.shared.options import check_least
+from scripts.shared.progress import working
 from scripts.shared.texts import read_text
 
 
@@ -40,7 +41,7 @@ def main(args: Args) -> int:
     text = read_text(args.text)
     checkpoint = models.open_checkpoint(args.model, say=log.print)
     tokens = checkpoint.load_tokenizer().encode(text.text)[: args.tokens]
-    with log.status(f"averaging keys over {len(tokens)} tokens"):
+    with working(log, f"averaging keys over {len(tokens)} tokens"):
         means = jaxkv.fit_key_means(models.load(checkpoint, scan=True), tokens)
     partial = args.out.with_name(args.out.name + ".part")
     with partial.open("wb") as file:

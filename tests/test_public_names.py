@@ -1,7 +1,9 @@
 """The public names: each is here on purpose, and none comes or goes unnoticed."""
 
 import importlib
+import re
 import types
+from pathlib import Path
 
 import pytest
 
@@ -29,6 +31,9 @@ NAMES = {
 }
 
 
+API = Path(__file__).parents[1] / "docs" / "api.md"
+
+
 def public_names(module: types.ModuleType) -> list[str]:
     """Names without an underscore, modules aside: those depend on imports elsewhere."""
     return sorted(
@@ -41,3 +46,15 @@ def public_names(module: types.ModuleType) -> list[str]:
 @pytest.mark.parametrize("name", NAMES)
 def test_public_names(name):
     assert public_names(importlib.import_module(name)) == NAMES[name].split()
+
+
+@pytest.mark.parametrize("name", ["jaxkv", "models"])
+def test_the_api_page_has_every_public_name(name):
+    """Constants aside, which have no page of their own."""
+    told = re.findall(r"^::: (\S+)\.(\w+)$", API.read_text(encoding="utf-8"), re.MULTILINE)
+    module = importlib.import_module(name)
+    told_here = {thing for file, thing in told if file.split(".")[0] == name}
+    missing = {n for n in public_names(module) if not n.isupper()} - told_here
+    assert not missing
+    for file, thing in told:
+        assert hasattr(importlib.import_module(file), thing)

@@ -6,13 +6,13 @@ over whole pages, so that the mean includes the one step in `page_size` that qua
 
 import dataclasses
 import functools
+import itertools
 import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
-from rich.progress import track
 
 import jaxkv
 import models
@@ -21,6 +21,7 @@ from scripts.bench.cases import GRIDS
 from scripts.bench.timing import timed
 from scripts.shared.command import keep_compiled_programs, print_json, run_command
 from scripts.shared.options import Names, check_least
+from scripts.shared.progress import working
 from scripts.shared.tables import format_column, make_table
 
 GRID = GRIDS["codecs"]
@@ -69,7 +70,7 @@ def fill_caches(args: Args, model, names: tuple[str, ...], steps: int, log: Cons
     shape = (args.batch, args.context)
     prompt = jnp.asarray(rng.integers(0, model.config.vocab_size, shape), jnp.int32)
     caches, tokens = {}, {}
-    for name in track(names, "compiling and prefilling", console=log, transient=True):
+    for name in names:
         config = jaxkv.CacheConfig(
             layers=model.layer_specs(jaxkv.Keep(codec=name)),
             batch=args.batch,
@@ -78,11 +79,12 @@ def fill_caches(args: Args, model, names: tuple[str, ...], steps: int, log: Cons
             page_size=args.page_size,
         )
         cache = jaxkv.KVCache.create(config)
-        for start in range(0, args.context, args.chunk):
-            tokens[name], cache = step(model, prompt[:, start : start + args.chunk], cache)
-        for _ in range(WARM_UP):
-            _, cache = step(model, tokens[name], cache)
-        caches[name] = cache
+        with working(log, f"{name}: compiling, reading the prompt"):
+            for start in range(0, args.context, args.chunk):
+                tokens[name], cache = step(model, prompt[:, start : start + args.chunk], cache)
+            for _ in range(WARM_UP):
+                _, cache = step(model, tokens[name], cache)
+            caches[name] = jax.block_until_ready(cache)
     return caches, tokens
 
 
@@ -112,8 +114,8 @@ def main(args: Args) -> int:
     steps = args.pages * args.page_size
     caches, tokens = fill_caches(args, model, names, steps, log)
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    for _ in track(range(steps), "decoding", console=log, transient=True):
-        for name in names:
+    with working(log, f"decoding, {steps} steps of {len(names)} caches"):
+        for _, name in itertools.product(range(steps), names):
             run = functools.partial(step, model, tokens["exact"], caches[name])
             took, (_, caches[name]) = timed(run)
             seconds[name].append(took)

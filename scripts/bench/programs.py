@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 import jax
@@ -10,13 +10,13 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from rich.console import Console
-from rich.progress import track
 
 from pallas_kernels.backends import Backend
 from scripts.bench.attend import abstract_inputs, attend, expected
 from scripts.bench.fill import Data, make_data
 from scripts.bench.peers.kernels import JAX_TILINGS, jax_peer, jax_peer_inputs, jax_peer_module
 from scripts.bench.problems import Sizes
+from scripts.shared.progress import working
 
 COMPILE_THREADS = 12
 NOT_VISIBLE = 1e-30  # times an output, added to a query: depends on it, changes nothing
@@ -85,7 +85,6 @@ def compile_all(jobs: Mapping[Any, Callable], log: Console) -> dict[Any, Future]
     """Compiles in threads, which takes most of a run's time; a future keeps its error."""
     with ThreadPoolExecutor(COMPILE_THREADS) as pool:
         programs = {name: pool.submit(job) for name, job in jobs.items()}
-        done = as_completed(programs.values())
-        for _ in track(done, "compiling", total=len(programs), console=log, transient=True):
-            pass
+        with working(log, f"compiling {len(programs)} programs"):
+            wait(programs.values())
     return programs

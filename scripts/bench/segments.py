@@ -23,6 +23,7 @@ from scripts.bench.fill import random_cache
 from scripts.bench.timing import time_calls
 from scripts.shared.command import print_json, run_command
 from scripts.shared.options import Names, check_choice, check_least
+from scripts.shared.progress import working
 from scripts.shared.tables import format_column, make_table
 
 GRID = GRIDS["segments"]
@@ -185,7 +186,8 @@ def main(args: Args) -> int:
     shape = WORKLOADS[args.workload]
     rows: list[dict] = []
     for codec in codecs:
-        rows += measure_both(args, shape, codec)
+        with working(log, f"{codec}: checking, measuring"):
+            rows += measure_both(args, shape, codec)
         log.print(f"{codec}: plain {rows[-2]['us']:.1f} us, together {rows[-1]['us']:.1f} us")
     about = f"{args.workload}, batch {args.batch}, {args.context} tokens"
     window = shape.window if args.window is None else args.window

@@ -174,9 +174,10 @@ def test_text_that_stops_is_not_shown_whatever_tokens_it_spans(folder):
     stop = text[5:9]
     done = run("--model", folder, "--prompt", "one", "--stop", "never", "--stop", stop, "--json")
     assert done.returncode == 0, done.stderr
-    shown, line = done.stdout.rsplit("\n", 2)[:2]
-    assert shown == json.loads(line)["text"][0] == text[: text.index(stop)]
-    assert json.loads(line)["stop_reason"] == ["stop"]
+    result = json.loads(done.stdout)
+    assert result["text"][0] == text[: text.index(stop)]
+    assert f"{result['text'][0]}\nprefill " in done.stderr
+    assert result["stop_reason"] == ["stop"]
 
 
 @pytest.mark.parametrize("stops, passed, want", [
