@@ -1,16 +1,18 @@
-"""What a quantized cache costs on a real text: KL divergence and perplexity against the exact one.
+"""What a quantized cache costs on texts and retrieval tasks, compared with exact pages.
 
-Every codec's cache reads the text beside the exact one, see `scripts/shared/scoring.py`.
+Every codec's cache reads each document beside the exact one, see `scripts/shared/scoring.py`.
 """
 
 import dataclasses
-import functools
 import platform
 import sys
+from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal, NamedTuple
 
 import jax
+import tyro
 from rich.console import Console
 
 import jaxkv
@@ -18,65 +20,71 @@ import models
 from jaxkv.codecs import KVCodec, codec_names
 from models.families.architectures import architecture_config
 from scripts.shared.command import keep_compiled_programs, print_json, run_command
+from scripts.shared.documents import Source, cut_text
 from scripts.shared.keep import CodecsOptions
-from scripts.shared.options import check_least
+from scripts.shared.options import Names, check_choice, check_least
 from scripts.shared.plots import check_plot, has_matplotlib, plot_quality
 from scripts.shared.progress import Reporter
-from scripts.shared.scoring import compare_caches, stored_bits, summarize
-from scripts.shared.tables import format_column, make_table
-from scripts.shared.texts import first_tokens, read_text
+from scripts.shared.quality_tables import quality_tables
+from scripts.shared.scoring import EXACT, Reading, read_document
+from scripts.shared.summaries import summarize
+from scripts.shared.tasks import TASKS, make_task
+from scripts.shared.texts import PYTHON, Text, read_texts
 
 PLOT = "eval_quality.png"
+Lengths = Annotated[tuple[int, ...], tyro.conf.arg(metavar="N...")]
+Tasks = Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME...")]
 
 
 @dataclasses.dataclass
 class Args:
-    """Measures KV codecs on a text: KL, perplexity and top-1 agreement against the exact cache.
+    """Measures KV codecs against exact pages: KL, perplexity and agreement on texts, accuracy on
+    retrieval tasks; several models, texts, tasks and lengths in one run.
 
-    Without --codec it measures all codecs but 'exact', which the others are compared with.
+    Without --codec it measures all codecs. Numbers come with their standard errors over documents.
 
     Examples:
       eval_quality.py
-      eval_quality.py --codec 4bit_nc --codec tq4 --tokens 4096 --json
-      eval_quality.py --codec 3bit_nc --recent-pages 2 --sink-tokens 4 --text book.txt
+      eval_quality.py --tasks all --lengths 512 1024 2048 --codec 4bit_nc --codec tq4
+      eval_quality.py --text python --text book.txt --model smollm2 --model ./my-model --json
+      eval_quality.py --codec 3bit_nc --recent-pages 2 --sink-tokens 4 --plot quality.svg
     """
 
-    model: str = "smollm2"
-    """'smollm2' (93 MB, fetched once), a GGUF file, or a Hugging Face folder."""
+    model: Names = ("smollm2",)
+    """'smollm2' (93 MB, fetched once), a GGUF file, or a Hugging Face folder; repeat for more."""
     keep: CodecsOptions = CodecsOptions()
-    text: Path | None = None
-    """File to score; default: chapters of the Python reference that ship with Python."""
-    tokens: int = 2048
-    """Tokens read; all but the first are scored."""
+    text: Names = ()
+    """File to score; repeat for several. 'python': chapters of the Python reference that ship with
+    Python, which is the default without --tasks."""
+    tasks: Tasks = ()
+    """Retrieval tasks: needle (a number of 5 digits), pairs (the value of one of 8 keys), hops
+    (each link of one of 4 chains), or all."""
+    lengths: Lengths = (2048,)
+    """Tokens in the cache at the end of each document."""
+    documents: int = 4
+    """Documents of each text and length, one behind the other."""
+    instances: int = 20
+    """Instances of each task and length; the same ones for every codec and run."""
     page_size: int = 64
     """Tokens per cache page."""
     chunk: int = 256
-    """Tokens per step; the result does not depend on it."""
+    """Tokens per step; the result does not depend on it, but for rounding."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Of weights and exact pages; default: float32 on a CPU, bfloat16 elsewhere."""
     plot: str = PLOT
-    """File for the plot of KL against bits per value; '' or 'none' for no plot."""
+    """File for the plot of KL and accuracy against bits per value; '' or 'none' for no plot."""
     json: bool = False
     """Print one JSON object on standard output, and nothing else there."""
 
 
-def print_results(
-    console: Console, results: list[dict], codecs: dict[str, KVCodec], title: str
-) -> None:
-    """The table by codec, in the order asked for."""
-    number = functools.partial(format_column, results)
-    kept = [codecs[row["codec"]] for row in results]
-    columns = {
-        "codec": number("codec", ""),
-        "bits per\nvalue": number("bits_per_value", ".2f"),
-        "exact\npages": [str(codec.recent_pages) if codec.lossy else "all" for codec in kept],
-        "exact\nsinks": [str(codec.sink_tokens) if codec.lossy else "all" for codec in kept],
-        "KL": number("kl", ".5f"),
-        "KL\np99": number("kl_p99", ".4f"),
-        "PPL\nratio": number("ppl_ratio", ".4f"),
-        "top-1": number("top1", ".4f"),
-    }
-    console.print(make_table(title, columns))
+class Job(NamedTuple):
+    """All that is measured with one model, checked before any weights are read."""
+
+    name: str
+    checkpoint: models.Checkpoint
+    sources: list[Source]
+    exact: jaxkv.CacheConfig
+    coded: dict[str, jaxkv.CacheConfig]
 
 
 def plot_path(plot: str) -> Path | None:
@@ -90,11 +98,11 @@ def plot_path(plot: str) -> Path | None:
 
 
 def check_context(args: Args, model: models.DecoderConfig) -> None:
-    """Raises ValueError if the text is longer than what the model was trained on."""
-    longest = model.max_position
-    if args.keep.window is None and longest is not None and args.tokens > longest:
+    """Raises ValueError if a document is longer than what the model was trained on."""
+    longest, length = model.max_position, max(args.lengths)
+    if args.keep.window is None and longest is not None and length > longest:
         raise ValueError(
-            f"--tokens {args.tokens} must be at most the model's trained context, {longest} "
+            f"--lengths {length} must be at most the model's trained context, {longest} "
             "(or give a --window)."
         )
 
@@ -102,67 +110,126 @@ def check_context(args: Args, model: models.DecoderConfig) -> None:
 def evaluated_config(
     model: models.DecoderConfig, codec: str | KVCodec, dtype: str, args: Args
 ) -> jaxkv.CacheConfig:
-    """The cache that holds the text under `codec`; the exact one has the same window and sinks."""
+    """The cache that holds a document under `codec`; the exact one has the same window and sinks.
+
+    It has room for the longest document, so that all lengths share compiled programs.
+    """
     return jaxkv.CacheConfig(
         layers=model.layer_specs(args.keep.keep(codec, dtype=dtype)),
         batch=1,
-        max_tokens=args.tokens,
-        max_new_tokens=min(args.chunk, args.tokens - 1),
+        max_tokens=max(args.lengths),
+        max_new_tokens=min(args.chunk, max(args.lengths)),
         page_size=args.page_size,
     ).checked()
 
 
-def main(args: Args) -> int:
-    """Scores every codec, prints a table, saves a plot; returns the exit code."""
-    log = Console(stderr=True, highlight=False)
-    say = lambda line: log.print(line, style="dim", soft_wrap=True)
-    names = args.keep.codec or tuple(name for name in codec_names() if name != "exact")
+def check_args(args: Args) -> tuple[dict[str, KVCodec], tuple[str, ...]]:
+    """The codecs beside the exact one, and the names of the tasks; ValueError for a bad option."""
+    names = args.keep.codec or codec_names()
     codecs = args.keep.choose(names)
-    check_least(args, "tokens", least=2)
-    check_least(args, "chunk")
-    plot = plot_path(args.plot)
-    text = read_text(args.text)
-    checkpoint = models.open_checkpoint(args.model, say=say)
+    check_least(args, "lengths", least=2)
+    check_least(args, "chunk", "documents", "instances")
+    for option in ("lengths", "model"):
+        if not getattr(args, option):
+            raise ValueError(f"--{option} needs a value.")
+    for task in args.tasks:
+        check_choice("tasks", task, [*TASKS, "all"])
+    tasks = tuple(TASKS) if "all" in args.tasks else tuple(dict.fromkeys(args.tasks))
+    return {name: codec for name, codec in codecs.items() if name != EXACT}, tasks
+
+
+def prepare(
+    args: Args,
+    name: str,
+    codecs: dict[str, KVCodec],
+    texts: Sequence[Text],
+    tasks: Sequence[str],
+    dtype: str,
+    say,
+) -> Job:
+    """Opens a checkpoint, makes its documents and configures its caches."""
+    checkpoint = models.open_checkpoint(name, say=say)
     architecture = architecture_config(checkpoint.config)
     check_context(args, architecture)
-    dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    configs = {
-        name: evaluated_config(architecture, codec, dtype, args) for name, codec in codecs.items()
+    configure = lambda codec: evaluated_config(architecture, codec, dtype, args)
+    exact = configure(EXACT)
+    coded = {codec: configure(value) for codec, value in codecs.items()}
+    tokenizer = checkpoint.load_tokenizer()
+    lengths = tuple(dict.fromkeys(args.lengths))
+    sources = [
+        cut_text(text, tokenizer, length, args.documents) for text in texts for length in lengths
+    ]
+    sources += [
+        make_task(task, tokenizer, length, args.instances) for task in tasks for length in lengths
+    ]
+    return Job(name, checkpoint, sources, exact, coded)
+
+
+def measure(job: Job, dtype: str | None, log: Console) -> list[dict]:
+    """Reads all documents with one model: a row per source and codec, exact pages first."""
+    caches = (job.exact, *job.coded.values())
+    # A scan is slower on a CPU, and compiles in a third of the time, which is most of a run.
+    alike = all(len(config.groups) == 1 for config in caches)
+    tokens = sum(document.length for source in job.sources for document in source.documents)
+    rows = []
+    with Reporter(log, len(caches), tokens) as reporter:
+        model = models.load(job.checkpoint, dtype=dtype, scan=alike)
+        for source in job.sources:
+            readings: dict[str, list[Reading]] = {}
+            for document in source.documents:
+                found = read_document(model, document, job.exact, job.coded, begin=reporter.begin)
+                for codec, reading in found.items():
+                    readings.setdefault(codec, []).append(reading)
+            rows += [summarize(job.name, source, codec, found) for codec, found in readings.items()]
+    return rows
+
+
+def describe(args: Args, codecs: dict[str, KVCodec], texts: Sequence[Text], dtype: str) -> dict:
+    """What was measured and with what, for the JSON."""
+    return {
+        "models": list(args.model),
+        "texts": {text.name: {"source": text.source, "sha256": text.sha256} for text in texts},
+        "device": jax.devices()[0].device_kind,
+        "python": platform.python_version(),
+        "jax": metadata.version("jax"),
+        "dtype": dtype,
+        "page_size": args.page_size,
+        "window": args.keep.window,
+        "keep_first": args.keep.keep_first,
+        "keep_last": args.keep.keep_last,
+        "recent_pages": {name: codec.recent_pages for name, codec in codecs.items()},
+        "sink_tokens": {name: codec.sink_tokens for name, codec in codecs.items()},
     }
-    exact = evaluated_config(architecture, "exact", dtype, args)
-    tokens = first_tokens(text, checkpoint.load_tokenizer(), args.tokens)
+
+
+def main(args: Args) -> int:
+    """Scores every codec, prints tables, saves a plot; returns the exit code."""
+    log = Console(stderr=True, highlight=False)
+    say = lambda line: log.print(line, style="dim", soft_wrap=True)
+    codecs, tasks = check_args(args)
+    plot = plot_path(args.plot)
+    texts = read_texts(args.text or (() if tasks else (PYTHON,)))
+    dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    jobs = [
+        prepare(args, name, codecs, texts, tasks, dtype, say) for name in dict.fromkeys(args.model)
+    ]
     if plot is None and args.plot == PLOT:
         say("no plot: it needs matplotlib (pip install matplotlib)")
-    say(f"scoring {text.source}, sha256 {text.sha256[:16]}…")
+    for text in texts:
+        say(f"{text.name}: {text.source}, sha256 {text.sha256[:16]}…")
     keep_compiled_programs()
-    # A scan is slower on a CPU, and compiles in a third of the time, which is most of a run.
-    alike = all(len(config.groups) == 1 for config in (exact, *configs.values()))
-    with Reporter(log, 1 + len(codecs), len(tokens) - 1) as reporter:
-        model = models.load(checkpoint, dtype=args.dtype, scan=alike)
-        scores, caches = compare_caches(model, tokens, exact, configs, begin=reporter.begin)
-    results = [summarize(name, scores[name], stored_bits(caches[name])) for name in codecs]
-    title = f"{args.model}, {len(tokens)} tokens of text, {dtype}, page size {args.page_size}"
-    print_results(Console(file=sys.stdout, highlight=False), results, codecs, title)
+    results = []
+    for job in jobs:
+        say(f"{job.name}: {sum(len(source.documents) for source in job.sources)} documents")
+        results += measure(job, args.dtype, log)
+    title = f"{dtype}, page size {args.page_size}"
+    for table in quality_tables(results, title):
+        Console(file=sys.stdout, highlight=False, width=200).print(table)
     if plot is not None:
-        recipes = {name for name, codec in codecs.items() if codec.key_mean is not None}
-        plot_quality(plot, results, recipes, title)
+        plot_quality(plot, results, f"{', '.join(args.model)}, {title}")
         say(f"plot saved as {plot}")
     if args.json:
-        about = {
-            "model": args.model,
-            "text": text.source,
-            "text_sha256": text.sha256,
-            "python": platform.python_version(),
-            "tokens": len(tokens),
-            "page_size": args.page_size,
-            "dtype": dtype,
-            "window": args.keep.window,
-            "keep_first": args.keep.keep_first,
-            "keep_last": args.keep.keep_last,
-            "recent_pages": {name: codec.recent_pages for name, codec in codecs.items()},
-            "sink_tokens": {name: codec.sink_tokens for name, codec in codecs.items()},
-        }
-        print_json({**about, "results": results})
+        print_json({**describe(args, codecs, texts, dtype), "results": results})
     return 0
 
 

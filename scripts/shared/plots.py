@@ -33,48 +33,75 @@ def check_plot(plot: str) -> Path:
     return path
 
 
-def plot_quality(path: Path, rows: list[dict], recipes: set[str], title: str) -> None:
-    """Plots each codec's KL divergence (log scale) against its bits per value.
+def plot_quality(path: Path, rows: list[dict], title: str) -> None:
+    """Plots each codec's KL divergence (log scale) and accuracy against its bits per value.
 
-    A codec without loss has no place on a log scale and is left out.
+    Colors are codecs, marks are sources and lengths, bars are standard errors. A codec without loss
+    has no place on a log scale and is left out there; without tasks there is no accuracy.
 
     Args:
       path: the file to write.
-      rows: `codec`, `kl` and `bits_per_value` of each.
-      recipes: the codecs that are jaxkv's own; they get another color.
+      rows: as `summaries.summarize` makes them.
       title: of the plot.
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
-    axes = figure.add_subplot()
-    shown = [row for row in rows if row["kl"] > 0]
-    for is_own, label, color, marker in (
-        (False, "published and 8-bit formats", "#b3541e", "o"),
-        (True, "jaxkv recipes", "#1f5fa8", "s"),
-    ):
-        points = [row for row in shown if (row["codec"] in recipes) == is_own]
-        x, y = [row["bits_per_value"] for row in points], [row["kl"] for row in points]
-        if points:
-            axes.scatter(x, y, color=color, marker=marker, label=label, zorder=3)
-        for row in points:
-            axes.annotate(
-                row["codec"],
-                (row["bits_per_value"], row["kl"]),
-                xytext=(6, 4),
-                textcoords="offset points",
-                color=color,
-                fontsize=9,
+    measures = [
+        ("kl", "mean KL(exact || codec) of the next token, nats", [r for r in rows if r["kl"] > 0]),
+        ("accuracy", "accuracy of tasks", [r for r in rows if r["kind"] == "task"]),
+    ]
+    panels = [panel for panel in measures if panel[2]] or measures[:1]
+    codecs = list(dict.fromkeys(row["codec"] for row in rows))
+    series = list(dict.fromkeys(map(_series, rows)))
+    figure = Figure(figsize=(2 + 6 * len(panels), 5.5), dpi=150, layout="constrained")
+    for number, (key, label, shown) in enumerate(panels):
+        axes = figure.add_subplot(1, len(panels), number + 1)
+        for row in shown:
+            axes.errorbar(
+                row["bits_per_value"],
+                row[key],
+                yerr=row[f"{key}_se"],
+                color=_COLORS[codecs.index(row["codec"]) % len(_COLORS)],
+                marker=_MARKS[series.index(_series(row)) % len(_MARKS)],
+                capsize=2,
+                linewidth=1,
+                zorder=3,
             )
-    if shown:
-        axes.set_yscale("log")
-        axes.legend(loc="best")
-    axes.margins(x=0.12, y=0.12)
-    axes.set_xlabel("stored bits per value (exact tokens left out)")
-    axes.set_ylabel("mean KL(exact || codec) of the next token, nats")
-    axes.set_title(title, fontsize=10)
-    axes.grid(True, which="both", alpha=0.25)
+        if key == "kl" and shown:
+            axes.set_yscale("log")
+        axes.set_xlabel("bits per value in the cache at this length (exact pages counted)")
+        axes.set_ylabel(label)
+        axes.grid(True, which="both", alpha=0.25)
+    figure.suptitle(title, fontsize=10)
+    figure.legend(handles=_legend(codecs, series), loc="outside right upper", fontsize=8)
     figure.savefig(path)
+
+
+_COLORS = (
+    "#000000 #1f5fa8 #b3541e #2e8b57 #8e44ad #c0392b "
+    "#16a0a0 #b8860b #7f7f7f #e377c2 #5d6d1e #17365d"
+).split()
+_MARKS = "osD^vP*X<>h"
+
+
+def _series(row: dict) -> str:
+    """What a mark stands for."""
+    return f"{row['model']}, {row['source']}, {row['length']}"
+
+
+def _legend(codecs: list[str], series: list[str]) -> list:
+    """One line per codec's color and per series' mark."""
+    from matplotlib.lines import Line2D
+
+    colors = [
+        Line2D([], [], color=_COLORS[n % len(_COLORS)], linewidth=3, label=codec)
+        for n, codec in enumerate(codecs)
+    ]
+    marks = [
+        Line2D([], [], color="gray", marker=_MARKS[n % len(_MARKS)], linestyle="", label=name)
+        for n, name in enumerate(series)
+    ]
+    return colors + marks
 
 
 def plot_fractions(path: Path, rows: list[dict], title: str) -> None:

@@ -1,4 +1,4 @@
-"""Next-token predictions of a real text through caches: KL divergence, perplexity, agreement.
+"""Next-token predictions of documents through caches: KL divergence, perplexity, agreement.
 
 Teacher-forced, chunk by chunk, through the same caches that generation uses. Every codec's cache
 takes a chunk right after the exact one did, so that only one chunk's distributions are alive.
@@ -13,17 +13,32 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxkv
+from scripts.shared.documents import Document
 
 Array = jax.Array | np.ndarray
 
+EXACT = "exact"  # the cache that all others are compared with
+ANY = -1  # in place of a choice: none
+MOST_CHOICES = 32
+
 
 class Scores(NamedTuple):
-    """A codec's next-token distributions beside the exact ones, each `f32[tokens]`."""
+    """A cache's predictions beside the exact one's, each `f32[predictions]`."""
 
-    kl: Array  # KL(exact || codec), nats
+    kl: Array  # KL(exact || codec) of the next token's distribution, nats
     exact_log_prob: Array  # of the target
     log_prob: Array
-    agrees: Array  # 1 where both find the same token most likely, else 0
+    agrees: Array  # 1 where both pick the same token, else 0
+    exact_right: Array  # 1 where the exact cache picks the target, else 0
+    right: Array  # 1 where this cache does
+
+
+class Reading(NamedTuple):
+    """What one cache made of one document."""
+
+    scores: Scores  # of the predictions that count
+    held_bits: float  # see `held_bits`, at the end of the document
+    stored_bits: float  # see `stored_bits`
 
 
 @functools.partial(jax.jit, donate_argnames="cache")
@@ -40,21 +55,50 @@ def predict(model, tokens, count, cache):
 
 
 @functools.partial(jax.jit, donate_argnames="cache")
-def score(model, tokens, targets, count, exact, cache):
+def score(model, tokens, targets, choices, count, exact, cache):
     """Runs a codec's cache over the tokens for which the exact one predicted `exact`.
+
+    Args:
+      model: a `Decoder`.
+      tokens: `i32[1, chunk]`.
+      targets: `i32[chunk]`, the tokens that follow.
+      choices: `i32[chunk, n]`, tokens from which each row picks; a row that begins with `ANY`
+        picks from the whole vocabulary.
+      count: number of rows that are real.
+      exact: `f32[chunk, vocab]`, as `predict` returns it.
+      cache: donated.
 
     Returns:
       `Scores` of the chunk's rows, and the cache.
     """
     coded, cache = predict(model, tokens, count, cache)
-    agrees = jnp.argmax(exact, axis=-1) == jnp.argmax(coded, axis=-1)
+    exact_pick, coded_pick = choose(exact, choices), choose(coded, choices)
+    as_float = lambda x: x.astype(jnp.float32)
     scores = Scores(
         kl=kl_divergence(exact, coded),
         exact_log_prob=pick(exact, targets),
         log_prob=pick(coded, targets),
-        agrees=agrees.astype(jnp.float32),
+        agrees=as_float(exact_pick == coded_pick),
+        exact_right=as_float(exact_pick == targets),
+        right=as_float(coded_pick == targets),
     )
     return scores, cache
+
+
+@jax.jit
+def score_exact(exact, targets, choices) -> Scores:
+    """`Scores` of the exact cache beside itself."""
+    right = (choose(exact, choices) == targets).astype(jnp.float32)
+    log_prob, zero = pick(exact, targets), jnp.zeros_like(right)
+    return Scores(zero, log_prob, log_prob, zero + 1, right, right)
+
+
+def choose(log_probs: jax.Array, choices: jax.Array) -> jax.Array:
+    """Each row's likeliest token, `i32[rows]`, of its choices or (`ANY`) of all tokens."""
+    among = jnp.take_along_axis(log_probs, jnp.maximum(choices, 0), axis=1)
+    best = jnp.argmax(jnp.where(choices == ANY, -jnp.inf, among), axis=1)
+    chosen = jnp.take_along_axis(choices, best[:, None], axis=1)[:, 0]
+    return jnp.where(choices[:, 0] == ANY, jnp.argmax(log_probs, axis=-1), chosen)
 
 
 def pick(log_probs: jax.Array, targets: jax.Array) -> jax.Array:
@@ -94,46 +138,76 @@ def perplexity(
     return float(np.exp(-total / (len(tokens) - 1)))
 
 
-def compare_caches(
+def read_document(
     model,
-    tokens: np.ndarray,
+    document: Document,
     exact: jaxkv.CacheConfig,
     coded: dict[str, jaxkv.CacheConfig],
     *,
     begin: Callable[[str, int], None] = lambda name, tokens: None,
-) -> tuple[dict[str, Scores], dict[str, jaxkv.KVCache]]:
-    """Scores `tokens`, `i32[n]`, through the exact cache and each codec's.
+) -> dict[str, Reading]:
+    """Reads a document through the exact cache and each codec's, all empty at first.
 
     Args:
       model: a `Decoder`.
-      tokens: the text.
+      document: what to read, and which predictions count.
       exact: the exact cache; a chunk has its `max_new_tokens` tokens.
       coded: each codec's cache.
       begin: called before each step with the name of the cache and the number of tokens.
 
     Returns:
-      Scores of the `n - 1` predictions, and the caches that made them, by codec.
+      What each cache made of it, by codec; the exact cache's comes first, as "exact".
 
     Raises:
       ValueError: a prediction that is not finite.
     """
-    reference = jaxkv.KVCache.create(exact)
     caches = {name: jaxkv.KVCache.create(config) for name, config in coded.items()}
-    parts: dict[str, list[Scores]] = {name: [] for name in coded}
-    for inputs, targets, count in chunks(tokens, exact.max_new_tokens):
-        begin("exact", count)
-        expected, reference = predict(model, inputs, count, reference)
+    reference = jaxkv.KVCache.create(exact)
+    parts: dict[str, list[Scores]] = {name: [] for name in (EXACT, *coded)}
+    for piece in pieces(document, exact.max_new_tokens):
+        begin(EXACT, piece.count)
+        expected, reference = predict(model, piece.tokens, piece.count, reference)
+        found = score_exact(expected, piece.targets, piece.choices)
+        parts[EXACT].append(Scores(*(np.asarray(x)[: piece.count] for x in found)))
         for name in coded:
-            begin(name, count)
-            found, caches[name] = score(model, inputs, targets, count, expected, caches[name])
-            parts[name].append(Scores(*(np.asarray(x)[:count] for x in found)))
-    scores = {
-        name: Scores(*map(np.concatenate, zip(*part, strict=True))) for name, part in parts.items()
-    }
-    for name, found in scores.items():
-        if not all(np.isfinite(x).all() for x in found):
+            begin(name, piece.count)
+            found, caches[name] = score(
+                model,
+                piece.tokens,
+                piece.targets,
+                piece.choices,
+                piece.count,
+                expected,
+                caches[name],
+            )
+            parts[name].append(Scores(*(np.asarray(x)[: piece.count] for x in found)))
+    readings = {}
+    for name, cache in {EXACT: reference, **caches}.items():
+        scores = Scores(*(np.concatenate(x)[document.rows] for x in zip(*parts[name], strict=True)))
+        if not all(np.isfinite(x).all() for x in scores):
             raise ValueError(f"codec {name!r} or this model gives predictions that are not finite.")
-    return scores, caches
+        readings[name] = Reading(scores, held_bits(cache), stored_bits(cache))
+    return readings
+
+
+class Piece(NamedTuple):
+    """A chunk of a document, padded."""
+
+    tokens: jax.Array  # i32[1, chunk]
+    targets: jax.Array  # i32[chunk]
+    choices: jax.Array  # i32[chunk, MOST_CHOICES]
+    count: int  # real tokens
+
+
+def pieces(document: Document, size: int) -> Iterator[Piece]:
+    """The document's chunks; choices are padded, so that all documents share programs."""
+    choices = np.full((document.length, MOST_CHOICES), ANY, np.int32)
+    choices[document.rows, : document.choices.shape[1]] = document.choices
+    starts = range(0, document.length, size)
+    for start, (tokens, targets, count) in zip(starts, chunks(document.tokens, size), strict=True):
+        own = np.full((size, MOST_CHOICES), ANY, np.int32)
+        own[:count] = choices[start : start + count]
+        yield Piece(tokens, targets, jnp.asarray(own), count)
 
 
 def chunks(tokens: np.ndarray, size: int) -> Iterator[tuple[jax.Array, jax.Array, int]]:
@@ -145,7 +219,7 @@ def chunks(tokens: np.ndarray, size: int) -> Iterator[tuple[jax.Array, jax.Array
 
 
 def stored_bits(cache: jaxkv.KVCache) -> float:
-    """Bits per cached number that the live arrays take, exact tokens beside codes left out.
+    """Bits per cached number in the pages of codes, exact pages beside them left out.
 
     Keys and values, factors and page means, layout padding; layers averaged.
     """
@@ -158,14 +232,19 @@ def stored_bits(cache: jaxkv.KVCache) -> float:
     return bits / len(cache.config.layers)
 
 
-def summarize(name: str, scores: Scores, bits: float) -> dict:
-    """One codec's results."""
-    loss = np.mean(np.float64(scores.exact_log_prob) - np.float64(scores.log_prob))
-    return {
-        "codec": name,
-        "bits_per_value": bits,
-        "kl": float(np.mean(np.float64(scores.kl))),
-        "kl_p99": float(np.percentile(scores.kl, 99)),
-        "ppl_ratio": float(np.exp(loss)),
-        "top1": float(np.mean(scores.agrees)),
-    }
+def held_bits(cache: jaxkv.KVCache) -> float:
+    """Bits that the pages in use take per cached number: exact pages and codes, all layers.
+
+    Cached numbers are the keys and values of the tokens that the next query can see, so that the
+    unused end of a page, and tokens of a page that have left the window, count as cost.
+    """
+    pages = np.asarray(cache.pages_in_use).tolist()
+    held = sum(n * size for n, size in zip(pages, cache.page_bytes, strict=True))
+    numbers = 0
+    for length in np.asarray(cache.lengths).tolist():
+        for group in cache.config.groups:
+            spec, seen = group.spec, length
+            if spec.window is not None:
+                seen = min(length, spec.window + min(spec.sink_tokens, length))
+            numbers += len(group.layers) * 2 * spec.kv_heads * spec.head_dim * seen
+    return 8 * held / numbers

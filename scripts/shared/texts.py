@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+PYTHON = "python"  # stands for the packaged text
+
 # 16,000 tokens of prose rather than grammar.
 CHAPTERS = ("objects", "execmodel", "types", "customization")
 
@@ -18,6 +20,7 @@ class Text(NamedTuple):
 
     text: str
     source: str
+    name: str  # a short one, for tables
 
     @property
     def sha256(self) -> str:
@@ -41,7 +44,23 @@ def read_text(path: Path | None, chapters: Sequence[str] = CHAPTERS) -> Text:
         raise ValueError(f"--text {path}: must be UTF-8 text.") from None
     if not text.strip():
         raise ValueError(f"--text {path}: is empty.")
-    return Text(text, str(path))
+    return Text(text, str(path), path.name)
+
+
+def read_texts(names: Sequence[str]) -> list[Text]:
+    """The texts of `--text`: files, or "python" for the packaged one, each with its own name.
+
+    Raises:
+      ValueError: a text can't be read, or is named twice.
+    """
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"--text {name} is given twice.")
+    texts = [read_text(None if name == PYTHON else Path(name)) for name in names]
+    short = [text.name for text in texts]
+    return [
+        text._replace(name=text.source) if short.count(text.name) > 1 else text for text in texts
+    ]
 
 
 def first_tokens(text: Text, tokenizer, count: int) -> np.ndarray:
@@ -59,4 +78,5 @@ def _packaged(chapters: Sequence[str]) -> Text:
     except (ImportError, KeyError) as error:
         raise ValueError(f"this Python has no pydoc topics ({error}): give --text FILE.") from None
     names = ", ".join(chapters)
-    return Text(text, f"pydoc_data.topics ({names}) of Python {platform.python_version()}")
+    source = f"pydoc_data.topics ({names}) of Python {platform.python_version()}"
+    return Text(text, source, PYTHON)
