@@ -8,7 +8,7 @@ import numpy as np
 
 from models.checkpoints.gguf_header import TensorEntry
 from models.errors import CheckpointError
-from models.text.gguf_tokenizer import gguf_eos_ids
+from models.text.gguf_vocabulary import gguf_eos_ids
 
 ROPE_FACTORS = "rope_freqs.weight"  # a tensor that belongs to the config
 

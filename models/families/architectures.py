@@ -16,6 +16,7 @@ from models.families import (
     qwen3_moe,
     smollm3,
 )
+from models.families.foreign_keys import refuse_foreign_keys
 
 ARCHITECTURES: dict[str, Callable[[dict], DecoderConfig]] = {
     "llama": llama.decoder_config,
@@ -37,10 +38,12 @@ def architecture_config(hf: dict) -> DecoderConfig:
     """Reads a Hugging Face config.
 
     Raises:
-      CheckpointError: the architecture is unknown, a key is missing, or a value is invalid.
+      CheckpointError: the architecture is unknown, a key is missing, a value is invalid, or a key
+        asks for something that the architecture does not have.
     """
     kind = hf.get("model_type")
     if not isinstance(kind, str) or kind not in ARCHITECTURES:
         raise CheckpointError(f"model_type={kind!r} must be one of {', '.join(ARCHITECTURES)}.")
     with clear_errors("config.json"):
+        refuse_foreign_keys(hf)
         return ARCHITECTURES[kind](hf)

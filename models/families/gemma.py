@@ -23,6 +23,9 @@ from models.families.hf_config import (
 
 # transformers' defaults. Published files rely on them; that of gemma-3-4b-it gives three sizes.
 _DEFAULTS = {
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
     "head_dim": 256,
@@ -106,6 +109,8 @@ def _gemma(hf: dict, types: tuple[str, ...], **own) -> DecoderConfig:
 
 def _ropes(hf: dict) -> tuple[dict, dict]:
     """Parameters of Gemma 3's rotation of full and of sliding layers, from new or old keys."""
+    theta = number(hf, "rope_theta", GLOBAL_THETA)
+    local_theta = number(hf, "rope_local_base_freq", LOCAL_THETA)
     new = hf.get("rope_parameters")
     if isinstance(new, dict) and set(new) & {FULL, SLIDING}:
         if unknown := set(new) - {FULL, SLIDING}:
@@ -116,7 +121,6 @@ def _ropes(hf: dict) -> tuple[dict, dict]:
                 "put it into those of full_attention."
             )
         read = lambda kind, theta: rope_parameters({"rope_parameters": new.get(kind)}, theta=theta)
-        return read(FULL, GLOBAL_THETA), read(SLIDING, LOCAL_THETA)
+        return read(FULL, theta), read(SLIDING, local_theta)
     # In older files the scaling applies to the full layers alone.
-    theta = number(hf, "rope_local_base_freq", LOCAL_THETA)
-    return rope_parameters(hf, theta=GLOBAL_THETA), {"rope_theta": theta}
+    return rope_parameters(hf, theta=theta), {"rope_theta": local_theta}

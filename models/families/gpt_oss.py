@@ -19,7 +19,13 @@ from models.families.hf_config import (
 )
 from models.mxfp4 import BLOCK
 
-GPT_OSS_DEFAULTS = {  # transformers'
+# transformers' defaults, for keys that a file leaves out.
+DEFAULTS = {
+    "vocab_size": 201_088,
+    "hidden_size": 2880,
+    "intermediate_size": 2880,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 64,
     "head_dim": 64,
     "num_key_value_heads": 8,
     "rms_norm_eps": 1e-5,
@@ -43,7 +49,7 @@ YARN = {
 
 def decoder_config(hf: dict) -> DecoderConfig:
     """Reads a `config.json` with `model_type` "gpt_oss"; CheckpointError if it is invalid."""
-    hf = GPT_OSS_DEFAULTS | hf
+    hf = DEFAULTS | hf
     bias = flag(hf, "attention_bias", True)
     if not (hf.get("rope_parameters") or hf.get("rope_scaling")):
         hf = hf | {"rope_scaling": YARN}

@@ -15,6 +15,15 @@ SLIDING, FULL = "sliding_attention", "full_attention"
 # Only in configs that come from GGUF files, which may have biases on q, k and v alone.
 OUTPUT_BIAS = "attention_output_bias"
 ACTIVATIONS: dict[str, Activation] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+SAME_ACTIVATION = {"swish": "silu"}  # other names of the same function
+# Keys of rotations that are not supported, with the values that change nothing.
+ROPE_NEUTRAL = {
+    "partial_rotary_factor": (None, 1),
+    "attn_factor": (None, 1),
+    "extrapolation_factor": (None, 1),
+    "llama_4_scaling_beta": (None, 0),
+}
+TRAINED = "original_max_position_embeddings"
 MOST_OF = {"num_hidden_layers": MOST_LAYERS}  # limits of keys that lengthen a table
 
 
@@ -75,7 +84,8 @@ def build_config(
     if q_heads % kv_heads:
         raise CheckpointError(f"num_attention_heads={q_heads} must be a multiple of {kv_heads}.")
     for key in ("hidden_act", "hidden_activation"):  # Gemma's files have the second
-        if (act := hf.get(key) or activation) != activation:
+        act = hf.get(key) or activation
+        if isinstance(act, list | dict) or SAME_ACTIVATION.get(act, act) != activation:
             raise CheckpointError(f"{key}={act!r} must be {activation!r}.")
     if (packed := hf.get("quantization_config") or None) is not None:
         kind = packed.get("quant_method") if isinstance(packed, dict) else packed
@@ -145,10 +155,19 @@ def rope_parameters(hf: dict, *, theta: float = DEFAULT_THETA) -> dict:
             f"config.json: rope parameters are one set here, not one for each of {nested}."
         )
     for where in (hf, found):
-        if (part := where.get("partial_rotary_factor", 1.0)) != 1.0:
-            raise CheckpointError(f"config.json: partial_rotary_factor={part!r} must be 1.")
-    found = {"rope_theta": hf.get("rope_theta", theta), **found}
-    return found | {"rope_type": found.get("rope_type", "default")}
+        for key, neutral in ROPE_NEUTRAL.items():
+            if (part := where.get(key)) not in neutral:
+                raise CheckpointError(f"config.json: {key}={part!r} must be {neutral[1]}.")
+    if found.get("rope_theta") is None:
+        found["rope_theta"] = number(hf, "rope_theta", theta)
+    # transformers reads the trained context beside the parameters first: Phi's files have it there.
+    if (context := whole(hf, TRAINED, None)) is not None:
+        found[TRAINED] = context
+    kind = found.get("rope_type") or "default"
+    if kind == "yarn" and found.get("factor", 0) is None:
+        trained = whole(found, TRAINED)
+        found["factor"] = whole(hf, "max_position_embeddings") / trained
+    return found | {"rope_type": kind}
 
 
 def stretched_context(max_position: int | None, rope: dict) -> int | None:

@@ -9,10 +9,17 @@ from models.families.hf_config import (
     switched_windows,
 )
 
-QWEN3_DEFAULTS = {  # transformers'
+# transformers' defaults, for keys that a file leaves out.
+DEFAULTS = {
+    "vocab_size": 151_936,
+    "hidden_size": 4096,
+    "intermediate_size": 22_016,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
     "num_key_value_heads": 32,
     "head_dim": 128,
     "max_position_embeddings": 32_768,
+    "rms_norm_eps": 1e-6,
     "sliding_window": 4096,
     "max_window_layers": 28,
 }
@@ -20,7 +27,7 @@ QWEN3_DEFAULTS = {  # transformers'
 
 def decoder_config(hf: dict) -> DecoderConfig:
     """Reads a `config.json` with `model_type` "qwen3"; CheckpointError if it is invalid."""
-    hf = QWEN3_DEFAULTS | hf
+    hf = DEFAULTS | hf
     bias = flag(hf, "attention_bias", False)
     return build_config(
         hf,

@@ -20,7 +20,12 @@ ENDS = (
     "<EOT>",
     "_<EOT>",
     "<end_of_utterance>",
+    "[EOT]",
+    "[EOS]",
+    "<｜end▁of▁sentence｜>",
 )
+ENDS_IF_CONTROL = ("</s>", "<eos>")  # markup in some vocabularies
+CONTROL, USER_DEFINED = 3, 4  # values of tokenizer.ggml.token_type
 
 
 def all_eos_ids(source: str, *settings: Mapping[str, Any]) -> list[int]:
@@ -45,13 +50,21 @@ def all_eos_ids(source: str, *settings: Mapping[str, Any]) -> list[int]:
     return list(dict.fromkeys(found))
 
 
-def ends_in_vocabulary(tokens: Sequence[str], control: Sequence[bool]) -> list[int]:
-    """Ids of the control tokens that end a turn or a text."""
+def ends_in_vocabulary(tokens: Sequence[Any], types: Sequence[Any]) -> list[int]:
+    """Ids of the tokens that end a turn or a text.
+
+    Args:
+      tokens: texts by id.
+      types: llama.cpp's numbers of their types. Files type the end of a turn as `CONTROL`, some as
+        `USER_DEFINED`; another type is an ordinary word. A token without one counts as `CONTROL`.
+    """
     ends = set(ENDS)
-    if {"<|return|>", "<|call|>"} <= set(tokens):
+    if {"<|return|>", "<|call|>"} <= {token for token in tokens if isinstance(token, str)}:
         ends.discard("<|end|>")  # gpt-oss ends each of an answer's messages with it
-    return [
-        number
-        for number, (token, special) in enumerate(zip(tokens, control, strict=True))
-        if special and token in ends
-    ]
+    found = []
+    for number, token in enumerate(tokens):
+        if isinstance(token, str) and (token in ends or token in ENDS_IF_CONTROL):
+            kind = types[number] if number < len(types) else CONTROL
+            if kind == CONTROL or (kind == USER_DEFINED and token in ends):
+                found.append(number)
+    return found

@@ -1,87 +1,143 @@
-"""Builds a `Tokenizer` from the metadata of a GGUF file. Only byte-level BPE is supported."""
+"""Builds a `Tokenizer` from the metadata of a GGUF file: byte-level BPE or SentencePiece."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from models.errors import CheckpointError, import_extra
-from models.text.eos_ids import ends_in_vocabulary
+from models.text.eos_ids import CONTROL, USER_DEFINED
+from models.text.gguf_pre_splits import PRE_SPLITS, PreSplit
+from models.text.gguf_vocabulary import (
+    UNKNOWN,
+    Vocabulary,
+    gguf_eos_ids,
+    read_vocabulary,
+    token_id,
+)
+from models.text.spm import sentencepiece_bpe
 from models.text.tokenizer import Tokenizer, call_tokenizers
 
-# Regular expressions that cut text into words before the merges, by the name that the metadata
-# gives in tokenizer.ggml.pre. They equal those in the models' own tokenizer.json.
-_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|DIGITS"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
-_LLAMA3 = [_WORDS.replace("DIGITS", r"\p{N}{1,3}")]
-_QWEN2 = [_WORDS.replace("DIGITS", r"\p{N}")]
-_SINGLE_DIGITS = [r"\p{N}", _GPT2]
-# Each regular expression cuts the pieces that the previous ones left. Names and rules are those
-# of llama.cpp, whose default, also for files without a name, cuts GPT-2's words further.
-_PRE_SPLITS = {
-    "default": [r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"],
-    **dict.fromkeys(("gpt-2", "mpt", "olmo", "exaone4"), [_GPT2]),
-    **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell"), _SINGLE_DIGITS),
-    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3"), _LLAMA3),
-    **dict.fromkeys(("dbrx", "smaug-bpe"), _LLAMA3),
-    **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "stablelm2", "megrez"), _QWEN2),
+_DEFAULT_IDS = {  # by `model`; where a file does not give them
+    "gpt2": {"bos": None, "eos": None, "unk": None, "pad": None},
+    "llama": {"bos": 1, "eos": 2, "unk": 0, "pad": None},
 }
-_WHOLE_WORDS = ("llama-bpe", "llama3", "llama-v3", "falcon3")  # a known word needs no merges
-_NORMALIZED = ("qwen2", "deepseek-r1-qwen", "megrez")  # as the models' own tokenizer.json says
-_CONTROL, _USER_DEFINED = 3, 4  # values of tokenizer.ggml.token_type
+_ID_KEYS = {"bos": "bos_token_id", "eos": "eos_token_id", "unk": "unknown_token_id"}
+_ID_KEYS["pad"] = "padding_token_id"
 
 
 def read_gguf_tokenizer(fields: Mapping[str, Any], *, source: str = "GGUF") -> Tokenizer:
-    """Builds a byte-level BPE tokenizer.
+    """Builds a tokenizer that gives llama.cpp's ids for the file.
 
     Args:
       fields: metadata as Python values, by full key ("tokenizer.ggml.tokens").
       source: the file, named in errors.
 
     Raises:
-      CheckpointError: the metadata has no tokenizer, or one of another kind.
+      CheckpointError: the metadata has no tokenizer, one of another kind, or a damaged one.
     """
     keys = {k.removeprefix("tokenizer.ggml."): v for k, v in fields.items()}
     kind, pre = keys.get("model"), keys.get("pre") or "default"
-    tokens, merges = keys.get("tokens"), keys.get("merges")
-    if kind != "gpt2" or not isinstance(pre, str) or pre not in _PRE_SPLITS:
-        what = f"tokenizer {kind!r}" if kind != "gpt2" else f"pre-tokenizer {pre!r}"
+    if (
+        not isinstance(kind, str)
+        or kind not in _DEFAULT_IDS
+        or (kind == "gpt2" and (not isinstance(pre, str) or pre not in PRE_SPLITS))
+    ):
+        what = f"pre-tokenizer {pre!r}" if kind == "gpt2" else f"tokenizer {kind!r}"
         raise CheckpointError(
             f"{source}: {what} is not supported; give token ids or use a tokenizer.json."
         )
-    if not isinstance(tokens, list) or not isinstance(merges, list):
-        raise CheckpointError(f"{source}: tokenizer.ggml.tokens and .merges must be lists.")
-    backend = call_tokenizers(source, _byte_bpe, tokens, merges, keys.get("token_type"), pre)
-    special = {}
-    for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
-        token = keys.get(f"{key}_token_id")
-        if isinstance(token, int) and 0 <= token < len(tokens):
-            special[f"{name}_token"] = tokens[token]
+    vocabulary = read_vocabulary(fields, source)
+    tokens = vocabulary.tokens
+    ids = {
+        role: token_id(fields, key, len(tokens), _DEFAULT_IDS[kind][role])
+        for role, key in _ID_KEYS.items()
+    }
+    if kind == "gpt2":
+        adds_bos = PRE_SPLITS[pre].adds_bos
+        backend = _read_byte_bpe(keys, vocabulary, PRE_SPLITS[pre], source)
+    else:
+        adds_bos = True
+        backend = _read_sentencepiece(keys, vocabulary, ids["unk"], source)
+    eos_ids = gguf_eos_ids({"tokenizer.ggml.eos_token_id": ids["eos"], **fields})
+    _add_tokens(backend, vocabulary, set(eos_ids))
+    if (given := _flag(keys, "add_bos_token", None, source)) is not None:
+        adds_bos = given
+        if adds_bos and ids["bos"] is None:
+            raise CheckpointError(f"{source}: add_bos_token is true, but no bos_token_id is known.")
     return Tokenizer(
         backend,
         source,
-        tuple(gguf_eos_ids(fields)),
-        keys["bos_token_id"] if "bos_token" in special else None,
-        bool(keys.get("add_bos_token", pre in _WHOLE_WORDS)),
+        tuple(eos_ids),
+        ids["bos"],
+        adds_bos,
         _chat_templates(fields),
-        special,
+        {f"{role}_token": tokens[i] for role, i in ids.items() if i is not None},
     )
 
 
-def gguf_eos_ids(fields: Mapping[str, Any]) -> list[int]:
-    """Ids of the tokens that end a generation: end of sequence, of turn, of message.
+def _read_byte_bpe(
+    keys: Mapping[str, Any], vocabulary: Vocabulary, pre: PreSplit, source: str
+) -> Any:
+    """A byte-level BPE `tokenizers.Tokenizer` with a GGUF file's vocabulary."""
+    merges = keys.get("merges")
+    if not isinstance(merges, list) or not all(isinstance(merge, str) for merge in merges):
+        raise CheckpointError(f"{source}: tokenizer.ggml.merges must be lists of texts.")
+    if _flag(keys, "add_space_prefix", False, source):
+        raise CheckpointError(
+            f"{source}: add_space_prefix=True is not supported for a byte-level tokenizer."
+        )
 
-    The metadata names some by id; others are control tokens of the vocabulary with known names.
-    """
-    keys = ("eos_token_id", "eot_token_id", "eom_token_id")
-    ids = [fields.get(f"tokenizer.ggml.{key}") for key in keys]
-    tokens, types = (fields.get(f"tokenizer.ggml.{key}") for key in ("tokens", "token_type"))
-    if isinstance(tokens, list):
-        kinds = types if isinstance(types, list) and len(types) == len(tokens) else None
-        control = [True] * len(tokens) if kinds is None else [k == _CONTROL for k in kinds]
-        ids += ends_in_vocabulary(tokens, control)
-    return list(dict.fromkeys(token for token in ids if isinstance(token, int)))
+    def build() -> Any:
+        tokenizers = import_extra("tokenizers")
+        cut = tokenizers.pre_tokenizers
+        pairs = [tuple(merge.split(" ", 1)) for merge in merges]
+        bpe = tokenizers.models.BPE(
+            vocab=vocabulary.ids, merges=pairs, ignore_merges=pre.whole_words
+        )
+        backend = tokenizers.Tokenizer(bpe)
+        splits = [cut.Split(tokenizers.Regex(x), behavior="isolated") for x in pre.expressions]
+        as_bytes = cut.ByteLevel(add_prefix_space=False, use_regex=False)
+        backend.pre_tokenizer = cut.Sequence([*splits, as_bytes])
+        backend.decoder = tokenizers.decoders.ByteLevel()
+        if pre.composed:
+            backend.normalizer = tokenizers.normalizers.NFC()
+        return backend
+
+    return call_tokenizers(source, build)
+
+
+def _read_sentencepiece(
+    keys: Mapping[str, Any], vocabulary: Vocabulary, unknown: int | None, source: str
+) -> Any:
+    """A SentencePiece `tokenizers.Tokenizer` with a GGUF file's vocabulary."""
+    scores, count = keys.get("scores"), len(vocabulary.tokens)
+    numbers = isinstance(scores, list) and all(type(score) in (int, float) for score in scores)
+    if not isinstance(scores, list) or not numbers or len(scores) < count:
+        raise CheckpointError(
+            f"{source}: tokenizer.ggml.scores must be {count} numbers, one for each token."
+        )
+    if _flag(keys, "remove_extra_whitespaces", False, source):
+        raise CheckpointError(f"{source}: remove_extra_whitespaces=True is not supported.")
+    if unknown is None:
+        raise CheckpointError(f"{source}: has no unknown_token_id inside its vocabulary.")
+    return call_tokenizers(
+        source,
+        lambda: sentencepiece_bpe(
+            vocabulary,
+            scores,
+            unknown=vocabulary.tokens[unknown],
+            space_prefix=bool(_flag(keys, "add_space_prefix", True, source)),
+        ),
+    )
+
+
+def _add_tokens(backend: Any, vocabulary: Vocabulary, eos_ids: set[int]) -> None:
+    """Marks the tokens that are recognised in a text; decoding hides those of control."""
+    make = import_extra("tokenizers").AddedToken
+    for i, kind in enumerate(vocabulary.types):
+        if kind in (UNKNOWN, CONTROL, USER_DEFINED):
+            control = kind != USER_DEFINED or i in eos_ids
+            token = make(vocabulary.tokens[i], special=control, normalized=False)
+            backend.add_tokens([token])
 
 
 def _chat_templates(fields: Mapping[str, Any]) -> dict[str, str]:
@@ -95,22 +151,11 @@ def _chat_templates(fields: Mapping[str, Any]) -> dict[str, str]:
     return {name: text for name, text in named.items() if isinstance(text, str)}
 
 
-def _byte_bpe(tokens: list[str], merges: list[str], types: list[int] | None, pre: str) -> Any:
-    """A byte-level BPE `tokenizers.Tokenizer` with a GGUF file's vocabulary."""
-    tokenizers = import_extra("tokenizers")
-    cut = tokenizers.pre_tokenizers
-    steps = [cut.Split(tokenizers.Regex(split), behavior="isolated") for split in _PRE_SPLITS[pre]]
-    steps.append(cut.ByteLevel(add_prefix_space=False, use_regex=False))
-    pairs = [tuple(merge.split(" ", 1)) for merge in merges]
-    vocab = {token: i for i, token in enumerate(tokens)}
-    bpe = tokenizers.models.BPE(vocab=vocab, merges=pairs, ignore_merges=pre in _WHOLE_WORDS)
-    backend = tokenizers.Tokenizer(bpe)
-    backend.pre_tokenizer = cut.Sequence(steps)
-    backend.decoder = tokenizers.decoders.ByteLevel()
-    if pre in _NORMALIZED:
-        backend.normalizer = tokenizers.normalizers.NFC()
-    for token, kind in zip(tokens, types or [], strict=False):
-        if kind in (_CONTROL, _USER_DEFINED):
-            control = kind == _CONTROL
-            backend.add_tokens([tokenizers.AddedToken(token, special=control, normalized=False)])
-    return backend
+def _flag(keys: Mapping[str, Any], key: str, default: bool | None, source: str) -> bool | None:
+    """A switch of the metadata; `default` if it is missing."""
+    value = keys.get(key)
+    if value is None:
+        return default
+    if not isinstance(value, bool):
+        raise CheckpointError(f"{source}: tokenizer.ggml.{key}={value!r} must be true or false.")
+    return value

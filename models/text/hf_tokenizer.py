@@ -10,102 +10,84 @@ from typing import Any
 from models.errors import CheckpointError, import_extra
 from models.json_files import read_json_object, read_text
 from models.text.eos_ids import all_eos_ids
+from models.text.hf_special_tokens import add_special_tokens, special_texts
+from models.text.prefix_space import with_prefix_space
 from models.text.tokenizer import Tokenizer, call_tokenizers
 
 
 def read_hf_tokenizer(folder: Path) -> Tokenizer:
-    """Reads tokenizer.json and, where they exist, the configs and the chat template.
+    """Reads tokenizer.json and, where they exist, the configs and the chat templates.
+
+    Settings of training are not applied: texts are never truncated or padded, and no merge is left
+    out at random.
 
     Raises:
       CheckpointError: there is no tokenizer.json, a file is damaged, or the files contradict each
         other.
     """
-    file = folder / "tokenizer.json"
+    file, source = folder / "tokenizer.json", str(folder)
     if not file.exists():
         raise CheckpointError(f"{folder}: has no tokenizer.json; give token ids instead.")
     read_text(file)  # explains an unreadable file better than the library does
     backend = call_tokenizers(str(file), import_extra("tokenizers").Tokenizer.from_file, str(file))
-    # Settings of training batches that some files still carry: a prompt is never cut or filled up.
-    backend.no_truncation()
-    backend.no_padding()
     config = _read_optional(folder / "tokenizer_config.json")
     named = _read_optional(folder / "special_tokens_map.json") | config
-    special = {k: _token_text(v) for k, v in named.items() if k.endswith("_token")}
-    special = {k: v for k, v in special.items() if v is not None}
-    _add_listed_tokens(backend, config.get("added_tokens_decoder"), special, str(folder))
-    model, eos_ids = _model_settings(folder)
-    bos_id = backend.token_to_id(special.get("bos_token", ""))
-    if bos_id is None and isinstance(model.get("bos_token_id"), int):
-        bos_id = model["bos_token_id"]
-    adds_bos = config.get("add_bos_token")
-    if adds_bos is None:  # then the post-processor in tokenizer.json decides
-        adds_bos = backend.encode("a").ids[:1] == [bos_id]
-    if adds_bos and bos_id is None:
-        raise CheckpointError(f"{folder}: add_bos_token is true, but no bos_token is known.")
-    own_eos = backend.token_to_id(special.get("eos_token", ""))
-    if own_eos is not None:
-        eos_ids = [*eos_ids, own_eos]
+    backend = with_prefix_space(backend, config.get("add_prefix_space"), source)
+    backend.no_truncation()
+    backend.no_padding()
+    if getattr(backend.model, "dropout", None):
+        backend.model.dropout = None
+    special = special_texts(named)
+    add_special_tokens(backend, named, _read_optional(folder / "added_tokens.json"), source)
+    backend.encode_special_tokens = bool(config.get("split_special_tokens", False))
+    bos_id, adds_bos = _find_bos(backend, config, special, folder)
+    settings = (_read_optional(folder / name) for name in ("config.json", "generation_config.json"))
+    eos_ids = all_eos_ids(source, *settings)
+    if (eos := backend.token_to_id(special.get("eos_token", ""))) is not None:
+        eos_ids.append(eos)
     return Tokenizer(
         backend,
-        str(folder),
+        source,
         tuple(dict.fromkeys(eos_ids)),
         bos_id,
-        bool(adds_bos),
+        adds_bos,
         _chat_templates(folder, config),
         special,
     )
 
 
 def _read_optional(file: Path) -> dict[str, Any]:
+    """The JSON object in `file`; empty if there is no such file."""
     return read_json_object(file) if file.exists() else {}
 
 
-def _model_settings(folder: Path) -> tuple[dict[str, Any], list[int]]:
-    """config.json and generation_config.json as one dict, and the tokens that end a generation.
+def _find_bos(
+    backend: Any, config: Mapping[str, Any], special: Mapping[str, str], folder: Path
+) -> tuple[int | None, bool]:
+    """The id of the BOS, and whether `encode` puts it first.
 
-    The latter file wins, null counts as absent. A multimodal model's config.json has the language
-    model's settings in "text_config"; settings beside it win over those inside.
+    `add_bos_token` decides; without it the post-processor in tokenizer.json does.
     """
-    whole = _read_optional(folder / "config.json")
-    generation = _read_optional(folder / "generation_config.json")
-    text = whole.get("text_config")
-    parts = (text if isinstance(text, dict) else {}, whole, generation)
-    settings = {k: v for part in parts for k, v in part.items() if v is not None}
-    return settings, all_eos_ids(str(folder), whole, generation)
-
-
-def _add_listed_tokens(backend: Any, listed: Any, special: Mapping[str, str], source: str) -> None:
-    """Adds the tokens that only tokenizer_config.json marks as added, as transformers does.
-
-    Args:
-      backend: the `tokenizers.Tokenizer` to add them to.
-      listed: the config's "added_tokens_decoder", `{"106": {"content": "<end_of_turn>", ...}}`;
-        its flags win over those in tokenizer.json.
-      special: texts of the tokens that have a role ("bos_token").
-      source: the folder, named in errors.
-    """
-    make = import_extra("tokenizers").AddedToken
-    flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
-
-    def read(listed: Any) -> dict[int, Any]:
-        return {
-            int(i): make(token["content"], **{k: bool(token[k]) for k in flags if k in token})
-            for i, token in sorted((listed or {}).items(), key=lambda item: int(item[0]))
-        }
-
-    tokens = call_tokenizers(f"{source}: added_tokens_decoder", read, listed)
-    backend.add_tokens(list(tokens.values()))
-    for i, token in tokens.items():
-        actual = backend.token_to_id(token.content)
-        if actual != i:
-            raise CheckpointError(
-                f"{source}: added_tokens_decoder says that {token.content!r} is token {i}, "
-                f"in tokenizer.json it is {actual}."
-            )
-    # A token with a role may still be an ordinary word of the vocabulary: mark it as special.
-    added = {token.content for token in backend.get_added_tokens_decoder().values()}
-    texts = sorted(set(special.values()) - added)
-    backend.add_special_tokens([t for t in texts if backend.token_to_id(t) is not None])
+    bos_id = backend.token_to_id(special.get("bos_token", ""))
+    for name in ("generation_config.json", "config.json"):
+        if (
+            bos_id is None
+            and type(given := _read_optional(folder / name).get("bos_token_id")) is int
+        ):
+            bos_id = given
+    explicit = config.get("add_bos_token")
+    if explicit is not None:
+        if explicit and bos_id is None:
+            raise CheckpointError(f"{folder}: add_bos_token is true, but no bos_token is known.")
+        return bos_id, bool(explicit)
+    bare = backend.encode("a", add_special_tokens=False).ids
+    whole = backend.encode("a").ids
+    before = next((n for n in range(len(whole)) if whole[n : n + len(bare)] == bare), 0)
+    if before > 1:
+        raise CheckpointError(
+            f"{folder}: tokenizer.json puts {before} tokens before a text; only one is supported."
+        )
+    return (whole[0], True) if before else (bos_id, False)
 
 
 def _chat_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
@@ -126,9 +108,3 @@ def _chat_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
     else:
         pairs = [("default", template)]
     return {k: v for k, v in pairs if isinstance(k, str) and isinstance(v, str)}
-
-
-def _token_text(token: Any) -> str | None:
-    """A special token's text; configs write it as a string or as {"content": ...}."""
-    text = token.get("content") if isinstance(token, dict) else token
-    return text if isinstance(text, str) else None

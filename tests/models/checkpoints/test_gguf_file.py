@@ -277,5 +277,5 @@ def test_empty_tensor_is_refused(tmp_path):  # gguf's dequantize fails on it wit
 def test_missing_gguf_package_names_the_extra(tmp_path, monkeypatch):
     path = write_gguf(tmp_path / "m.gguf", hf_weights())
     monkeypatch.setitem(sys.modules, "gguf", None)  # makes the import fail
-    with pytest.raises(CheckpointError, match=r"'gguf': pip install 'jaxkv\[demo\]'"):
+    with pytest.raises(CheckpointError, match=r"'gguf': pip install 'jaxkv\[models\]'"):
         open_checkpoint(path)

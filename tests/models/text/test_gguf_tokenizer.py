@@ -12,6 +12,11 @@ from tests.models.text.tiny_tokenizers import byte_fields, byte_tokenizer, piece
     [
         ("gpt-2", [" 1234", "  ", " x", "'ll"]),
         ("default", [" ", "123", "4", "  ", " x", "'", "ll"]),
+        (None, [" ", "123", "4", "  ", " x", "'", "ll"]),
+        ("llama3", [" ", "123", "4", "  ", " x", "'ll"]),
+        ("tekken", [" ", "1", "2", "3", "4", "  ", " x", "'ll"]),
+        ("gpt-4o", [" ", "123", "4", "  ", " x'll"]),
+        ("starcoder", [" ", "1", "2", "3", "4", "  ", " x", "'ll"]),
         ("smollm", [" ", "1", "2", "3", "4", "  ", " x", "'ll"]),
         ("qwen2", [" ", "1", "2", "3", "4", "  ", " x", "'ll"]),
         ("llama-bpe", [" ", "123", "4", "  ", " x", "'ll"]),
@@ -61,7 +66,10 @@ def test_eos_ids_are_listed_once():
 @pytest.mark.parametrize(
     ("fields", "rule"),
     [
-        ({"tokenizer.ggml.model": "llama"}, "tokenizer 'llama' is not supported"),
+        ({"tokenizer.ggml.model": "bert"}, "tokenizer 'bert' is not supported"),
+        ({"tokenizer.ggml.model": "llama"}, "tokens must be lists"),
+        (byte_fields(add_space_prefix=True), "add_space_prefix=True is not supported"),
+        (byte_fields(bos_token_id=None, add_bos_token=True), "no bos_token_id is known"),
         ({}, "tokenizer None is not supported"),
         (byte_fields("deepseek-v3"), "pre-tokenizer 'deepseek-v3' is not supported"),
         ({"tokenizer.ggml.model": "gpt2"}, "must be lists"),
@@ -72,3 +80,29 @@ def test_unsupported_gguf_tokenizers_say_which(fields, rule):
     with pytest.raises(CheckpointError, match=rule) as caught:
         read_gguf_tokenizer(fields, source="m.gguf")
     assert str(caught.value).startswith("m.gguf: ")
+
+
+def test_a_word_with_capitals_is_cut_by_case():
+    cut = byte_tokenizer("tekken").backend.pre_tokenizer.pre_tokenize_str("getHTTPServer")
+    assert [piece for piece, _ in cut] == ["get", "HTTPServer"]
+
+
+@pytest.mark.parametrize(
+    ("kinds", "ends"),
+    [
+        ({"<|eot_id|>": 3, "<|eom_id|>": 3}, ["<|eot_id|>", "<|eom_id|>"]),
+        ({"<|eot_id|>": 4, "</s>": 3}, ["<|eot_id|>", "</s>"]),
+        ({"<|eot_id|>": 1, "</s>": 4, "<eos>": 1}, []),  # words and markup of the vocabulary
+        ({"<|return|>": 3, "<|call|>": 3, "<|end|>": 3}, ["<|return|>", "<|call|>"]),
+        ({"<|end|>": 3, "<|start|>": 3}, ["<|end|>"]),
+    ],
+)
+def test_tokens_that_end_a_turn_stop_besides_the_files_eos(kinds, ends):
+    fields = byte_fields("llama-bpe")
+    tokens, types = (fields[f"tokenizer.ggml.{key}"] for key in ("tokens", "token_type"))
+    fields["tokenizer.ggml.tokens"] = [*tokens, *kinds]
+    fields["tokenizer.ggml.token_type"] = [*types, *kinds.values()]
+    tokenizer = read_gguf_tokenizer(fields)
+    names = [tokenizer.backend.id_to_token(i) for i in tokenizer.eos_ids]
+    assert names == ["<|im_end|>", *ends]
+    assert tokenizer.decode(tokenizer.encode("".join(ends))) == ""

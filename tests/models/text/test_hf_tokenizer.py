@@ -11,6 +11,8 @@ from tests.models.text.tiny_tokenizers import (
     gemma_like_backend,
     gpt_oss_like_backend,
     hf_folder,
+    llama2_like_backend,
+    metaspace_backend,
 )
 
 
@@ -168,3 +170,64 @@ def test_a_bos_that_the_chat_template_writes_is_the_only_one(tmp_path):
     tokenizer = read_hf_tokenizer(folder)
     ids = tokenizer.encode(tokenizer.apply_chat([{"role": "user", "content": "ab"}]))
     assert tokenizer.decode(ids, skip_special=False) == "<bos><start_of_turn>ab"
+
+
+def test_texts_are_never_cut_padded_or_changed_at_random(tmp_path):
+    backend = byte_tokenizer(merges=("a b",)).backend
+    expected = byte_tokenizer(merges=("a b",)).encode("ab" * 100)
+    backend.enable_truncation(16)
+    backend.enable_padding(length=512)
+    backend.model.dropout = 0.5
+    tokenizer = read_hf_tokenizer(hf_folder(tmp_path, backend))
+    assert tokenizer.encode("ab" * 100) == expected and len(expected) == 100
+
+
+def test_a_post_processors_token_is_the_bos_where_no_config_names_one(tmp_path):
+    source = byte_tokenizer()
+    pair = [("<s>", source.bos_id), ("<|im_end|>", source.eos_ids[0])]
+    template = tokenizers.processors.TemplateProcessing
+    source.backend.post_processor = template(single="<s> $A <|im_end|>", special_tokens=pair)
+    tokenizer = read_hf_tokenizer(hf_folder(tmp_path, source.backend))
+    assert tokenizer.encode("ab") == [source.bos_id, *source.encode("ab")]  # and no eos
+    source.backend.post_processor = template(single="<s> <|im_end|> $A", special_tokens=pair)
+    with pytest.raises(CheckpointError, match="puts 2 tokens before a text"):
+        read_hf_tokenizer(hf_folder(tmp_path, source.backend))
+
+
+def test_flags_and_lists_of_special_tokens_hold(tmp_path):
+    merges = ("a b", "ab c", "c c", "b b")
+    config = {
+        "mask_token": {"content": "abc", "lstrip": True},
+        "additional_special_tokens": ["cc", {"content": "bb", "rstrip": True}],
+        "split_special_tokens": False,
+    }
+    source = byte_tokenizer(merges=merges).backend
+    tokenizer = read_hf_tokenizer(hf_folder(tmp_path, source, tokenizer_config=config))
+    visible = tokenizer.decode(tokenizer.encode("a abca cc bb a"))
+    assert visible == "aa  a"  # the spaces before abc and after bb are theirs
+    config = {"eos_token": "<|im_end|>", "split_special_tokens": True}
+    tokenizer = read_hf_tokenizer(hf_folder(tmp_path, source, tokenizer_config=config))
+    assert len(tokenizer.encode("<|im_end|>")) == 10  # text from users can't end a turn
+
+
+def test_old_folders_list_added_tokens_by_text(tmp_path):
+    backend = byte_tokenizer().backend
+    size = backend.get_vocab_size()
+    known = {"<think>": backend.token_to_id("<think>")}
+    folder = hf_folder(tmp_path, backend, added_tokens={"<new>": size} | known)
+    assert read_hf_tokenizer(folder).encode("<new>") == [size]
+    hf_folder(tmp_path, backend, added_tokens={"<new>": size + 5})
+    with pytest.raises(CheckpointError, match="'<new>' is token"):
+        read_hf_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("make", [llama2_like_backend, metaspace_backend, byte_tokenizer])
+def test_prefix_space_of_the_config_wins(tmp_path, make):
+    backend = make() if make is not byte_tokenizer else make().backend
+    read = lambda **config: read_hf_tokenizer(hf_folder(tmp_path, backend, tokenizer_config=config))
+    with_space, without = read(add_prefix_space=True), read(add_prefix_space=False)
+    assert with_space.encode("a") == without.encode(" a") != without.encode("a")
+    default = read().encode("a")
+    assert default == (without if make is byte_tokenizer else with_space).encode("a")
+    with pytest.raises(CheckpointError, match="add_prefix_space='yes' must be true or false"):
+        read(add_prefix_space="yes")
