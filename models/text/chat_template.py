@@ -1,6 +1,6 @@
 """Renders a checkpoint's chat template with the same result as transformers.
 
-Templates are untrusted code, so they run in Jinja's sandbox.
+Templates are untrusted code, so they run in Jinja's sandbox, and their time and memory are bounded.
 """
 
 import datetime
@@ -10,6 +10,8 @@ from types import MappingProxyType
 from typing import Any
 
 from models.errors import CheckpointError, import_extra, one_line
+from models.text.template_limits import MOST_SOURCE, Meter
+from models.text.template_sandbox import compile_counted, make_sandbox
 
 
 def render_chat(
@@ -32,11 +34,18 @@ def render_chat(
       variables: further variables of the template: "tools", "reasoning_effort", ...
 
     Raises:
-      CheckpointError: the template is broken, refuses these messages, or does not read one of
-        `variables`.
+      CheckpointError: the template is broken, refuses these messages, goes beyond a limit of
+        `template_limits`, or does not read one of `variables`.
     """
     jinja2 = import_extra("jinja2")
-    environment = import_extra("jinja2.sandbox").ImmutableSandboxedEnvironment(
+    if len(template) > MOST_SOURCE:
+        raise CheckpointError(
+            f"{source}: chat template: {len(template)} characters must be at most {MOST_SOURCE}."
+        )
+    meter = Meter()
+    environment = make_sandbox(
+        meter,
+        {"tojson": _to_json},
         trim_blocks=True,
         lstrip_blocks=True,
         extensions=["jinja2.ext.loopcontrols", _generation_extension()],
@@ -45,7 +54,6 @@ def render_chat(
     def raise_exception(message: str):
         raise jinja2.TemplateError(message)
 
-    environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
     defaults = {"tools": None, "documents": None, "add_generation_prompt": True}
@@ -59,16 +67,8 @@ def render_chat(
             known = ", ".join(sorted(reads - set(environment.globals))) or "none"
             raise jinja2.TemplateError(f"does not read {', '.join(ignored)}, only {known}")
         values = {**defaults, **special_tokens, **variables, "messages": messages}
-        return environment.from_string(syntax).render(values)
-    except (
-        jinja2.TemplateError,
-        ArithmeticError,
-        AttributeError,
-        LookupError,
-        RecursionError,
-        TypeError,
-        ValueError,
-    ) as error:  # code in a template can raise any of these
+        return compile_counted(environment, syntax, meter).render(values)
+    except Exception as error:  # code in a template can raise nearly any
         raise CheckpointError(f"{source}: chat template: {one_line(error)}.") from error
 
 
