@@ -37,7 +37,7 @@ class Args:
     tol: float = 1e-3
     """Largest absolute difference that passes."""
     json: bool = False
-    """Print one JSON object on standard output, and nothing else there."""
+    """Print one JSON object alone; without this option it is the last line."""
     page_size: int = 16
     """Tokens per cache page."""
     scan: bool = False
@@ -112,11 +112,11 @@ def main(args: Args) -> int:
         ),
     }
     passes = all(value <= args.tol for value in result.values())  # NaN fails
-    for name, value in result.items():
-        print(f"{name:22} {value:.2e}")
-    print(f"{'ok' if passes else 'FAILED'}: tolerance {args.tol:g}")
-    if args.json:
-        print_json(result)
+    if not args.json:
+        for name, value in result.items():
+            print(f"{name:22} {value:.2e}")
+        print(f"{'ok' if passes else 'FAILED'}: tolerance {args.tol:g}")
+    print_json(result)
     return 0 if passes else 1
 
 
