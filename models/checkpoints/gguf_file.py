@@ -6,7 +6,6 @@ Llama family, so that the two rows of a RoPE pair are neighbours; reading restor
 
 import functools
 import math
-import re
 from pathlib import Path
 
 import ml_dtypes
@@ -15,34 +14,14 @@ import numpy as np
 from models.checkpoints.checkpoint import Checkpoint, LazyTensor
 from models.checkpoints.gguf_config import ROPE_FACTORS, read_gguf_config
 from models.checkpoints.gguf_header import TensorEntry, read_gguf_header
+from models.checkpoints.gguf_names import WRITINGS
 from models.checkpoints.mapped_file import map_file, release_pages
 from models.errors import CheckpointError, import_extra
 from models.text.gguf_tokenizer import read_gguf_tokenizer
 
-# The supported architectures; True where the converter reorders the rows of q and k.
-_REORDERS_QK = {"llama": True, "qwen3": False}
-_GLOBAL_NAMES = {
-    "token_embd": "model.embed_tokens",
-    "output_norm": "model.norm",
-    "output": "lm_head",
-}
-_LAYER_NAMES = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-
 
 def open_gguf(path: Path) -> Checkpoint:
-    """Opens a GGUF file of the Llama or Qwen3 architecture.
+    """Opens a GGUF file of one of the architectures in `WRITINGS`.
 
     Raises:
       CheckpointError: the file is truncated or damaged, of another architecture, or uses a feature
@@ -51,37 +30,26 @@ def open_gguf(path: Path) -> Checkpoint:
     data = map_file(path)
     fields, entries = read_gguf_header(path, data)
     arch = fields.get("general.architecture")
-    if arch not in _REORDERS_QK:
-        known = " and ".join(_REORDERS_QK)
+    if not isinstance(arch, str) or arch not in WRITINGS:
+        known = ", ".join(WRITINGS)
         raise CheckpointError(
             f"{path}: architecture {arch!r} is not supported; GGUF files of {known} are."
         )
+    writing = WRITINGS[arch]
     table = {entry.name: entry for entry in entries}
-    read_values = lambda entry: _lazy_tensor(path, data, entry, None).read()
+    read_values = lambda entry: _lazy_tensor(path, data, entry).read()
     config = read_gguf_config(path, fields, table, read_values)
     heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
     tensors: dict[str, LazyTensor] = {}
     for entry in entries:
         part = entry.name.split(".")[-2] if entry.name.count(".") else ""
-        reordered = heads.get(part) if _REORDERS_QK[arch] else None
-        tensor = _lazy_tensor(path, data, entry, reordered)
+        reordered = heads.get(part) if writing.reorders_qk else None
+        offset = writing.norm_offset if entry.name.endswith("norm.weight") else 0.0
+        tensor = _lazy_tensor(path, data, entry, heads=reordered, offset=offset)
         if entry.name != ROPE_FACTORS:
-            tensors[hf_name(entry.name)] = tensor
+            tensors[writing.hf_name(entry.name)] = tensor
     load_tokenizer = functools.partial(read_gguf_tokenizer, fields, source=str(path))
     return Checkpoint(path, config, tensors, load_tokenizer)
-
-
-def hf_name(name: str) -> str:
-    """The Hugging Face name of a GGUF tensor; an unknown name is returned as it is.
-
-    "blk.0.attn_q.weight" gives "model.layers.0.self_attn.q_proj.weight".
-    """
-    if match := re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name):
-        layer, part, kind = match.groups()
-        if part in _LAYER_NAMES:
-            return f"model.layers.{layer}.{_LAYER_NAMES[part]}.{kind}"
-    part, _, kind = name.partition(".")
-    return f"{_GLOBAL_NAMES[part]}.{kind}" if part in _GLOBAL_NAMES else name
 
 
 def separate_pairs(rows: np.ndarray, heads: int) -> np.ndarray:
@@ -93,7 +61,14 @@ def separate_pairs(rows: np.ndarray, heads: int) -> np.ndarray:
     return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(rows.shape)
 
 
-def _lazy_tensor(path: Path, data: np.ndarray, entry: TensorEntry, heads: int | None) -> LazyTensor:
+def _lazy_tensor(
+    path: Path,
+    data: np.ndarray,
+    entry: TensorEntry,
+    *,
+    heads: int | None = None,
+    offset: float = 0.0,
+) -> LazyTensor:
     """Checks that a tensor lies inside the file; `read()` dequantizes it and restores the rows.
 
     Args:
@@ -101,6 +76,7 @@ def _lazy_tensor(path: Path, data: np.ndarray, entry: TensorEntry, heads: int | 
       data: `u8[bytes]`, the whole file.
       entry: the tensor's row of the table.
       heads: number of heads whose rows the converter has reordered; None if it has not.
+      offset: what the converter has added to the values.
     """
     gguf = import_extra("gguf")
     try:
@@ -139,6 +115,8 @@ def _lazy_tensor(path: Path, data: np.ndarray, entry: TensorEntry, heads: int | 
                 raise CheckpointError(
                     f"{path}: {entry.name}: the gguf package can't dequantize {kind.name}."
                 ) from error
+        if offset:
+            values = values.astype(np.float32) - np.float32(offset)
         return values if heads is None else separate_pairs(values, heads)
 
     release = functools.partial(release_pages, data, entry.offset, end)

@@ -7,6 +7,7 @@ from models.checkpoints.checkpoint import Checkpoint
 from models.checkpoints.fetch_smollm2 import fetch_smollm2
 from models.checkpoints.gguf_file import open_gguf
 from models.checkpoints.hf_folder import open_hf_folder
+from models.checkpoints.hub import fetch_from_hub, is_hub_name
 from models.errors import CheckpointError
 
 NAMES = {"smollm2": fetch_smollm2}  # models that can be had by name, and how each is fetched
@@ -18,8 +19,9 @@ def open_checkpoint(
     """Opens a Hugging Face folder (config.json and safetensors), a GGUF file, or a named model.
 
     Args:
-      path_or_name: where the weights are, or a key of `NAMES` ("smollm2"); a named model is
-        fetched once and kept.
+      path_or_name: where the weights are, a key of `NAMES` ("smollm2"), or, if there is no such
+        path, a model of the Hugging Face hub ("organisation/model"). A named model is fetched once
+        and kept.
       say: called with lines that report the progress of a fetch.
 
     Raises:
@@ -28,6 +30,8 @@ def open_checkpoint(
     """
     fetch = NAMES.get(str(path_or_name))
     path = Path(path_or_name if fetch is None else fetch(say)).expanduser()
+    if not path.exists() and is_hub_name(str(path_or_name)):
+        path = fetch_from_hub(str(path_or_name), say)
     if path.is_dir():
         return open_hf_folder(path)
     if not path.exists():

@@ -47,14 +47,16 @@ PRE_SPLITS = {
     "deepseek-coder": PreSplit(
         (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+", r"\p{N}")
     ),
-    "qwen2": dataclasses.replace(_QWEN2, composed=True),
+    **dict.fromkeys(
+        ("qwen2", "deepseek-r1-qwen", "megrez"), dataclasses.replace(_QWEN2, composed=True)
+    ),
     **dict.fromkeys(
         ("llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"),
         _LLAMA3,
     ),
     **dict.fromkeys(("dbrx", "smaug-bpe"), PreSplit(_LLAMA3.expressions)),
-    **dict.fromkeys(("deepseek-r1-qwen", "kormo", "stablelm2", "hunyuan"), _QWEN2),
-    **dict.fromkeys(("gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion", "gigachat"), _GPT),
+    **dict.fromkeys(("kormo", "stablelm2", "hunyuan"), _QWEN2),
+    **dict.fromkeys(("gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion", "exaone4"), _GPT),
     **dict.fromkeys(
         ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"),
         _SINGLE_DIGITS,
