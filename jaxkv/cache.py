@@ -20,7 +20,7 @@ from jaxkv.allocator import NULL_PAGE
 from jaxkv.arguments import check_floats, counts, sequence_numbers, shown
 from jaxkv.arguments import mask as read_mask
 from jaxkv.attend import attend_stores
-from jaxkv.config import CacheConfig, Layer
+from jaxkv.config import CacheConfig, Layer, LayerGroup
 from jaxkv.inference_only import inference_only
 from jaxkv.page_tables import entries, look_up
 from jaxkv.static_means import static_means
@@ -176,6 +176,32 @@ class KVCache:
         if scale is not None:
             scale = positive_number("scale", scale)
         group = self.config.groups[number]
+        spec = group.spec
+        self._check_rows(group, q, k, v, sink_logits=sink_logits, q_sink=q_sink)
+        q, k, v, sink_logits, q_sink = inference_only((q, k, v, sink_logits, q_sink))
+        stores = list(self.stores)
+        new = NewTokens(k, v, self.lengths, self.pending)
+        for own in group.stores:
+            stores[own] = stores[own].spec.fill.attend(stores, own, index, new)
+        out = attend_stores(
+            Queries(q, self.lengths, self.pending),
+            [stores[own] for own in group.stores],
+            spec,
+            layer=index,
+            scale=spec.head_dim**-0.5 if scale is None else scale,
+            soft_cap=soft_cap,
+            sink_logits=sink_logits,
+            q_sink=q_sink,
+            backend=backend,
+        )
+        for own in group.stores:
+            stores[own] = stores[own].after_reading(out)
+        attended = self.attended + self.config.marks(number, index)
+        cache = dataclasses.replace(self, stores=tuple(stores), attended=attended)
+        return cache, out.astype(q.dtype)
+
+    def _check_rows(self, group: LayerGroup, q, k, v, *, sink_logits, q_sink) -> None:
+        """ValueError unless the operands of `attend` have the shapes that a group takes."""
         spec, dims = group.spec, self.stores[group.stores[0]].pages.dims
         sizes = bind_dims(
             lengths=(self.lengths, "batch"),
@@ -202,27 +228,6 @@ class KVCache:
         if (q_sink is None) != (spec.q_sink_limit is None):
             wanted = "not taken" if spec.q_sink_limit is None else "needed"
             raise ValueError(f"q_sink is {wanted} with sink_positions={spec.sink_positions!r}.")
-        q, k, v, sink_logits, q_sink = inference_only((q, k, v, sink_logits, q_sink))
-        stores = list(self.stores)
-        new = NewTokens(k, v, self.lengths, self.pending)
-        for own in group.stores:
-            stores[own] = stores[own].spec.fill.attend(stores, own, index, new)
-        out = attend_stores(
-            Queries(q, self.lengths, self.pending),
-            [stores[own] for own in group.stores],
-            spec,
-            layer=index,
-            scale=spec.head_dim**-0.5 if scale is None else scale,
-            soft_cap=soft_cap,
-            sink_logits=sink_logits,
-            q_sink=q_sink,
-            backend=backend,
-        )
-        for own in group.stores:
-            stores[own] = stores[own].after_reading(out)
-        attended = self.attended + self.config.marks(number, index)
-        cache = dataclasses.replace(self, stores=tuple(stores), attended=attended)
-        return cache, out.astype(q.dtype)
 
     def commit(self, accepted: jax.Array, *, _check: bool = True) -> "KVCache":
         """Keeps the first `accepted` of the prepared tokens and drops the rest (roll-back).
