@@ -105,7 +105,7 @@ def page() -> str:
 
 def main() -> int:
     """Writes or checks the page; returns the exit code."""
-    options = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    options = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     options.add_argument("--check", action="store_true", help="compare only")
     made = page()
     if not options.parse_args().check:

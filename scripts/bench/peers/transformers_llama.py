@@ -249,7 +249,7 @@ def measure_steps(case: Case) -> dict:
 
 
 if __name__ == "__main__":
-    options = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    options = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     options.add_argument("case", type=read_case, help="the fields of `Case` as a JSON object")
     case = options.parse_args().case
     print(json.dumps(measure_prompts(case) if case.prompts else measure_steps(case)))

@@ -1,4 +1,4 @@
-"""Long work tells what it is at; results are words, without what was not measured."""
+"""Long work tells what it is at; results are words, and what was not measured is left out."""
 
 import io
 import time
