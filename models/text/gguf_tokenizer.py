@@ -1,5 +1,6 @@
 """Builds a `Tokenizer` from the metadata of a GGUF file: byte-level BPE or SentencePiece."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -110,7 +111,9 @@ def _read_sentencepiece(
 ) -> Any:
     """A SentencePiece `tokenizers.Tokenizer` with a GGUF file's vocabulary."""
     scores, count = keys.get("scores"), len(vocabulary.tokens)
-    numbers = isinstance(scores, list) and all(type(score) in (int, float) for score in scores)
+    numbers = isinstance(scores, list) and all(
+        type(score) in (int, float) and math.isfinite(score) for score in scores
+    )
     if not isinstance(scores, list) or not numbers or len(scores) < count:
         raise CheckpointError(
             f"{source}: tokenizer.ggml.scores must be {count} numbers, one for each token."

@@ -94,6 +94,7 @@ def test_ids_that_a_file_does_not_give_are_sentencepieces(keys, ids):
     [
         ({"scores": None}, "scores must be 700 numbers"),
         ({"scores": [0.0]}, "scores must be 700 numbers"),
+        ({"scores": [float("nan")] * 700}, "scores must be 700 numbers"),
         ({"token_type": [1]}, "token_type must have an entry"),
         ({"tokens": ["a", "b", "a"], "token_type": None}, "tokens has 'a' twice"),
         ({"remove_extra_whitespaces": True}, "remove_extra_whitespaces=True is not supported"),
