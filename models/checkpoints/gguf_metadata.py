@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from models.errors import CheckpointError
+from models.numbers import positive_number, whole_number
 
 # Keys, without the architecture, that change what is computed and that no supported one has, and
 # the values that change nothing.
@@ -50,8 +51,11 @@ class Metadata:
             value = value[0]
         if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
             raise CheckpointError(f"{self.path}: {full} must be a positive number, not {value!r}.")
+        name = f"{self.path}: {full}"
+        if kind is int:
+            return whole_number(name, int(value) if value % 1 == 0 else value)
         # Metadata floats are float32: 9.999999747378752e-06 stands for 1e-05.
-        return int(value) if kind is int else float(str(np.float32(value)))
+        return float(str(np.float32(positive_number(name, value))))
 
     def has(self, key: str) -> bool:
         """Whether a key is there with a value other than 0, false and empty."""

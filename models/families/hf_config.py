@@ -175,10 +175,10 @@ def stretched_context(max_position: int | None, rope: dict) -> int | None:
 
     Files whose scaling was added by hand, as Qwen's model cards say, keep the original number.
     """
-    parts = rope.get("factor"), rope.get("original_max_position_embeddings")
-    if max_position is None or rope.get("rope_type") != "yarn" or None in parts:
+    factor, trained = rope.get("factor"), rope.get(TRAINED)
+    if max_position is None or rope.get("rope_type") != "yarn" or not (factor and trained):
         return max_position
-    return max(max_position, int(min(parts[0] * parts[1], 2**31 - 1)))
+    return max(max_position, int(min(factor * trained, MOST)))
 
 
 def layer_types(hf: dict, default: Sequence[str]) -> tuple[str, ...]:

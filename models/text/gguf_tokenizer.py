@@ -1,5 +1,6 @@
 """Builds a `Tokenizer` from the metadata of a GGUF file: byte-level BPE or SentencePiece."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +17,9 @@ from models.text.gguf_vocabulary import (
 from models.text.spm import sentencepiece_bpe
 from models.text.tokenizer import Tokenizer, call_tokenizers
 
+# Of a SentencePiece token. The time to list its pairs grows with the square; published ones have
+# up to 31 in words and 256 in runs of spaces.
+MOST_CHARACTERS = 1024
 _DEFAULT_IDS = {  # by `model`; where a file does not give them
     "gpt2": {"bos": None, "eos": None, "unk": None, "pad": None},
     "llama": {"bos": 1, "eos": 2, "unk": 0, "pad": None},
@@ -110,7 +114,9 @@ def _read_sentencepiece(
 ) -> Any:
     """A SentencePiece `tokenizers.Tokenizer` with a GGUF file's vocabulary."""
     scores, count = keys.get("scores"), len(vocabulary.tokens)
-    numbers = isinstance(scores, list) and all(type(score) in (int, float) for score in scores)
+    numbers = isinstance(scores, list) and all(
+        type(score) in (int, float) and math.isfinite(score) for score in scores
+    )
     if not isinstance(scores, list) or not numbers or len(scores) < count:
         raise CheckpointError(
             f"{source}: tokenizer.ggml.scores must be {count} numbers, one for each token."
@@ -119,6 +125,10 @@ def _read_sentencepiece(
         raise CheckpointError(f"{source}: remove_extra_whitespaces=True is not supported.")
     if unknown is None:
         raise CheckpointError(f"{source}: has no unknown_token_id inside its vocabulary.")
+    if (longest := max(map(len, vocabulary.tokens))) > MOST_CHARACTERS:
+        raise CheckpointError(
+            f"{source}: a token has {longest} characters and must have at most {MOST_CHARACTERS}."
+        )
     return call_tokenizers(
         source,
         lambda: sentencepiece_bpe(

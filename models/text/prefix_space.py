@@ -23,13 +23,13 @@ def with_prefix_space(backend: Any, wanted: Any, source: str) -> Any:
         return backend
     if not isinstance(wanted, bool):
         raise CheckpointError(f"{source}: add_prefix_space={wanted!r} must be true or false.")
-    parts = json.loads(backend.to_str())
-    changed = dict(parts)
-    changed["normalizer"] = _edit(parts["normalizer"], wanted)
-    changed["pre_tokenizer"] = _edit(parts["pre_tokenizer"], wanted)
-    if changed == parts:
+    read = lambda part: None if part is None else json.loads(part.__getstate__())
+    parts = {"normalizer": read(backend.normalizer), "pre_tokenizer": read(backend.pre_tokenizer)}
+    changed = {name: _edit(part, wanted) for name, part in parts.items()}
+    if changed == parts:  # the usual case: a large vocabulary is not written out
         return backend
-    return import_extra("tokenizers").Tokenizer.from_str(json.dumps(changed))
+    whole = json.loads(backend.to_str()) | changed
+    return import_extra("tokenizers").Tokenizer.from_str(json.dumps(whole))
 
 
 def _edit(part: Any, wanted: bool) -> Any:

@@ -141,6 +141,8 @@ def test_gemma_file_may_give_its_pattern(tmp_path, pattern):
         (("add_logit_scale", 2.0), "gemma3.logit_scale=2.0"),
         (("add_rope_scaling_yarn_log_mul", 0.5), "yarn_log_multiplier=0.5"),
         (("add_bool", "gemma3.attention.causal", False), "gemma3.attention.causal=False"),
+        (("add_float32", "gemma3.final_logit_softcapping", float("inf")), "softcapping=inf must"),
+        (("add_float32", "gemma3.attention.sliding_window_pattern", 2.5), "pattern=2.5 must be"),
     ],
 )
 def test_keys_that_change_the_meaning_are_refused(tmp_path, more, part):

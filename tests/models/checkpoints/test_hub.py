@@ -16,14 +16,13 @@ def hub(monkeypatch, tmp_path):
     """A stand-in for `huggingface_hub`; `hub.asked` are the calls."""
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     (tmp_path / "model.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0{}")
-    module = types.ModuleType("huggingface_hub")
-    module.asked = []
+    asked = []
 
     def snapshot_download(name, *, allow_patterns):
-        module.asked.append((name, allow_patterns))
+        asked.append((name, allow_patterns))
         return str(tmp_path)
 
-    module.snapshot_download = snapshot_download
+    module = types.SimpleNamespace(asked=asked, snapshot_download=snapshot_download)
     monkeypatch.setitem(sys.modules, "huggingface_hub", module)
     return module
 

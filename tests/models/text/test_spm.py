@@ -94,8 +94,11 @@ def test_ids_that_a_file_does_not_give_are_sentencepieces(keys, ids):
     [
         ({"scores": None}, "scores must be 700 numbers"),
         ({"scores": [0.0]}, "scores must be 700 numbers"),
+        ({"scores": [float("nan")] * 700}, "scores must be 700 numbers"),
+        ({"tokens": [], "scores": [], "token_type": None}, "no unknown_token_id"),
         ({"token_type": [1]}, "token_type must have an entry"),
         ({"tokens": ["a", "b", "a"], "token_type": None}, "tokens has 'a' twice"),
+        ({"tokens": ["a" * 2000], "token_type": None, "scores": [0.0]}, "2000 characters"),
         ({"remove_extra_whitespaces": True}, "remove_extra_whitespaces=True is not supported"),
         ({"add_bos_token": "yes"}, "add_bos_token='yes' must be true or false"),
     ],
