@@ -49,7 +49,7 @@ def test_number_of_layers_must_match(error_line, copy, layers, odd):
         ({"model_type": "gpt2"}, "model_type='gpt2'"),
         ({"model_type": None}, "model_type=None"),
         ({"model_type": ["llama"]}, "model_type="),
-        ({"hidden_size": None}, "hidden_size"),
+        ({"hidden_size": None}, "model.embed_tokens.weight"),  # null means the default
         ({"hidden_size": "96"}, "hidden_size"),
         ({"vocab_size": 0}, "vocab_size"),
         ({"num_attention_heads": 0}, "num_attention_heads"),
