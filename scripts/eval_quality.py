@@ -17,7 +17,7 @@ import jaxkv
 import models
 from jaxkv.codecs import KVCodec, codec_names
 from models.families.architectures import architecture_config
-from scripts.shared.command import keep_compiled_programs, print_json, run_command
+from scripts.shared.command import print_json, run_command
 from scripts.shared.keep import CodecsOptions
 from scripts.shared.options import check_least
 from scripts.shared.plots import check_plot, has_matplotlib, plot_quality
@@ -134,7 +134,7 @@ def main(args: Args) -> int:
     if plot is None and args.plot == PLOT:
         say("no plot: it needs matplotlib (pip install matplotlib)")
     say(f"scoring {text.source}, sha256 {text.sha256[:16]}…")
-    keep_compiled_programs()
+    jaxkv.keep_compiled_programs()
     # A scan is slower on a CPU, and compiles in a third of the time, which is most of a run.
     alike = all(len(config.groups) == 1 for config in (exact, *configs.values()))
     with Reporter(log, 1 + len(codecs), len(tokens) - 1) as reporter:
