@@ -2,6 +2,7 @@
 
 from jaxkv.cache import KVCache as KVCache
 from jaxkv.check import check as check
+from jaxkv.compiled_programs import keep_compiled_programs as keep_compiled_programs
 from jaxkv.config import CacheConfig as CacheConfig
 from jaxkv.explain import explain as explain
 from jaxkv.filled_cache import FilledCache as FilledCache

@@ -13,7 +13,7 @@ from rich.progress import Progress
 
 import jaxkv
 import models
-from scripts.shared.command import keep_compiled_programs, print_json, run_command
+from scripts.shared.command import print_json, run_command
 from scripts.shared.keep import WindowOptions
 from scripts.shared.options import check_least
 from scripts.shared.scoring import perplexity
@@ -64,7 +64,7 @@ def main(args: Args) -> int:
     check_least(args, "tokens", least=2)
     check_least(args, "chunk")
     text = read_text(args.text, CHAPTERS)
-    keep_compiled_programs()
+    jaxkv.keep_compiled_programs()
     checkpoint = models.open_checkpoint(args.model, say=log.print)
     tokens = first_tokens(text, checkpoint.load_tokenizer(), args.tokens)
     model = models.load(checkpoint, scan=True)

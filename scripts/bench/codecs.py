@@ -19,7 +19,7 @@ import models
 from jaxkv.codecs import get_codec
 from scripts.bench.cases import GRIDS
 from scripts.bench.timing import timed
-from scripts.shared.command import keep_compiled_programs, print_json, run_command
+from scripts.shared.command import print_json, run_command
 from scripts.shared.options import Names, check_least
 from scripts.shared.progress import working
 from scripts.shared.tables import format_column, make_table
@@ -109,7 +109,7 @@ def main(args: Args) -> int:
     for name in names:
         get_codec(name)
     check_least(args, "batch", "context", "pages", "page_size", "chunk")
-    keep_compiled_programs()
+    jaxkv.keep_compiled_programs()
     model = models.load(models.open_checkpoint(args.model, say=log.print))
     steps = args.pages * args.page_size
     caches, tokens = fill_caches(args, model, names, steps, log)

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
+import jaxkv
 from jaxkv.codecs import get_codec
 from models.errors import one_line
 from pallas_kernels.backends import Backend
@@ -32,7 +33,7 @@ from scripts.bench.problems import Problem, make_problem
 from scripts.bench.programs import Jobs, Programs, attention_jobs, compile_all
 from scripts.bench.results import Out, keep_results, make_folder
 from scripts.bench.timing import Timing, device_time, wall_times
-from scripts.shared.command import keep_compiled_programs, print_json, run_command
+from scripts.shared.command import print_json, run_command
 from scripts.shared.options import Names, Numbers, check_choice, check_least
 from scripts.shared.plots import check_plot, plot_fractions
 from scripts.shared.tables import format_column, make_table
@@ -278,7 +279,7 @@ def main(args: Args) -> int:
     backend = args.backend or ("gpu" if jax.default_backend() == "gpu" else "xla")
     if backend not in BACKENDS:
         raise ValueError(f"--backend {backend} must be one of {', '.join(BACKENDS)}.")
-    keep_compiled_programs()
+    jaxkv.keep_compiled_programs()
     notes: list[str] = []
     problems = []
     for case in list_cases(args):

@@ -16,11 +16,12 @@ import jax
 import numpy as np
 from rich.console import Console
 
+import jaxkv
 import models
 from scripts.bench.cases import GRIDS
 from scripts.bench.ceiling import least_read_seconds
 from scripts.bench.peers.generators import Measure, llama_cpp_peer, ours, transformers_peer
-from scripts.shared.command import keep_compiled_programs, print_json, run_command
+from scripts.shared.command import print_json, run_command
 from scripts.shared.options import check_least
 from scripts.shared.tables import format_column, make_table
 
@@ -126,7 +127,7 @@ def main(args: Args) -> int:
     log = Console(stderr=True, highlight=False)
     check_least(args, "batch", "prompt_tokens", "repeats")
     check_least(args, "new_tokens", least=2)
-    keep_compiled_programs()
+    jaxkv.keep_compiled_programs()
     checkpoint = models.open_checkpoint(args.model, say=log.print)
     found = contenders(args, checkpoint, log)
     vocab = checkpoint.config["vocab_size"]

@@ -1,4 +1,4 @@
-"""How every command starts and answers: arguments, one-line errors, JSON, kept compiled programs.
+"""How every command starts and answers: arguments, one-line errors, JSON.
 
 The environment variable JAXKV_DEBUG=1 shows a traceback in place of the one-line error.
 """
@@ -16,10 +16,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-import jax
 import tyro
 
-from models.checkpoints.fetch_smollm2 import cache_folder
 from models.errors import one_line
 
 # Where JSON goes while everything else that is printed goes to stderr.
@@ -121,16 +119,3 @@ def describe(args_type: type, prog: str) -> str:
     """The docstring; its examples, which begin with the file's name, as one can type them."""
     name = re.escape(source_file(args_type).name)
     return re.sub(rf"(?m)^(\s+){name}(?= |$)", rf"\1{prog}", inspect.getdoc(args_type) or "")
-
-
-def keep_compiled_programs() -> None:
-    """Lets JAX keep compiled programs in the user's cache, so that a second start skips compiling.
-
-    If JAX already has a folder for them (JAX_COMPILATION_CACHE_DIR), it stays.
-    """
-    if jax.config.values["jax_compilation_cache_dir"]:
-        return
-    folder = cache_folder() / "xla"
-    folder.mkdir(parents=True, exist_ok=True)
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

@@ -1,4 +1,4 @@
-"""Blocks that are alike are one program: lowered once, with the same bits and memory as inlined."""
+"""Blocks that are alike share one program, with the bits and the memory of inlined ones."""
 
 import re
 from pathlib import Path

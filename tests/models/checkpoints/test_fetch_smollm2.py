@@ -165,14 +165,3 @@ def test_folder_that_cannot_be_made_is_one_line(tmp_path, monkeypatch, pip):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("JAXKV_CACHE", str(tmp_path / "file" / "cache"))
     assert "cannot store the model" in error_line()
-
-
-def test_cache_folder_follows_the_environment(monkeypatch, tmp_path):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.delenv("JAXKV_CACHE", raising=False)
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    assert fetch.cache_folder() == tmp_path / ".cache" / "jaxkv"
-    monkeypatch.setenv("XDG_CACHE_HOME", "/x")
-    assert str(fetch.cache_folder()) == "/x/jaxkv"
-    monkeypatch.setenv("JAXKV_CACHE", "~/models")
-    assert fetch.cache_folder() == tmp_path / "models"
