@@ -215,7 +215,6 @@ def main(args: Args) -> int:
     ]
     if plot is None and args.plot == PLOT:
         say("no plot: it needs matplotlib (pip install matplotlib)")
-<<<<<<< HEAD
     for text in texts:
         say(f"{text.name}: {text.source}, sha256 {text.sha256[:16]}…")
     jaxkv.keep_compiled_programs()
@@ -226,18 +225,6 @@ def main(args: Args) -> int:
     title = f"{dtype}, page size {args.page_size}"
     for table in quality_tables(results, title):
         Console(file=sys.stdout, highlight=False, width=200).print(table)
-=======
-    say(f"scoring {text.source}, sha256 {text.sha256[:16]}…")
-    jaxkv.keep_compiled_programs()
-    # A scan is slower on a CPU, and compiles in a third of the time, which is most of a run.
-    alike = all(len(config.groups) == 1 for config in (exact, *configs.values()))
-    with Reporter(log, 1 + len(codecs), len(tokens) - 1) as reporter:
-        model = models.load(checkpoint, dtype=args.dtype, scan=alike)
-        scores, caches = compare_caches(model, tokens, exact, configs, begin=reporter.begin)
-    results = [summarize(name, scores[name], stored_bits(caches[name])) for name in codecs]
-    title = f"{args.model}, {len(tokens)} tokens of text, {dtype}, page size {args.page_size}"
-    print_results(Console(file=sys.stdout, highlight=False), results, codecs, title)
->>>>>>> starts
     if plot is not None:
         plot_quality(plot, results, f"{', '.join(args.model)}, {title}")
         say(f"plot saved as {plot}")
