@@ -31,7 +31,8 @@ def clear_errors(source: object) -> Iterator[None]:
       CheckpointError: in place of any error. What is meant to end the process passes.
     """
     try:
-        yield
+        with no_panics(source):
+            yield
     except CheckpointError:
         raise
     except MemoryError as error:
@@ -43,8 +44,20 @@ def clear_errors(source: object) -> Iterator[None]:
         raise CheckpointError(
             f"{source}: damaged or unsupported: {kind}: {one_line(error)}."
         ) from error
+
+
+@contextlib.contextmanager
+def no_panics(source: object) -> Iterator[None]:
+    """Turns a panic of a library written in Rust into a CheckpointError; other errors pass.
+
+    It is pyo3's `PanicException`, which is no `Exception`, and has no module to be imported from.
+    """
+    try:
+        yield
+    except Exception:
+        raise
     except BaseException as error:
-        if type(error).__name__ != "PanicException":  # pyo3's, which is no `Exception`
+        if type(error).__name__ != "PanicException":
             raise
         raise CheckpointError(f"{source}: a library gave up: {one_line(error)}.") from error
 

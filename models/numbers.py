@@ -14,6 +14,7 @@ LEAST_FLOAT, MOST_FLOAT = 1e-30, 1e30  # float32 has room left on both sides, to
 # up to 126 layers, and heads of up to 512 channels.
 MOST_LAYERS = 4096
 MOST_HEAD_DIM = 1 << 16
+MOST_DIMS = 8  # axes of a tensor; published ones have up to 5
 
 
 def whole_number(name: str, value: Any, *, least: int = 1, most: int = MOST) -> int:

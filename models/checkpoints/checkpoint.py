@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from models.errors import CheckpointError
+from models.errors import CheckpointError, clear_errors
 from models.text.tokenizer import Tokenizer
 
 
@@ -37,7 +37,8 @@ class Checkpoint:
 
     def read(self, name: str) -> np.ndarray:
         """The tensor's values, read-only: float32 if they are quantized, else the stored type."""
-        return self._tensor(name).read()
+        with clear_errors(f"{self.path}: {name!r}"):
+            return self._tensor(name).read()
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The tensor's shape; reads no weights."""
@@ -45,7 +46,8 @@ class Checkpoint:
 
     def load_tokenizer(self) -> Tokenizer:
         """The checkpoint's tokenizer; CheckpointError if it has none or an unsupported one."""
-        return self.tokenizer_loader()
+        with clear_errors(self.path):
+            return self.tokenizer_loader()
 
     def _tensor(self, name: str) -> LazyTensor:
         if name not in self.tensors:

@@ -10,6 +10,7 @@ from models.checkpoints.gguf_header import TensorEntry
 from models.checkpoints.gguf_metadata import Metadata
 from models.checkpoints.gguf_rope import read_gguf_rope
 from models.errors import CheckpointError
+from models.numbers import whole_number
 from models.text.gguf_vocabulary import gguf_eos_ids
 
 LARGEST = {"gemma2": 46, "gemma3": 62}  # layers of the models with 27 billion parameters
@@ -34,7 +35,7 @@ def read_gguf_config(
       CheckpointError: a key is missing or damaged, or asks for something that is not supported.
     """
     metadata = Metadata(path, fields)
-    if fields.get("split.count", 1) > 1:
+    if whole_number(f"{path}: split.count", fields.get("split.count", 1), least=0) > 1:
         metadata.refuse("split files (merge them with llama-gguf-split --merge) are")
     metadata.refuse_foreign_keys()
     if "token_embd.weight" not in entries:

@@ -7,6 +7,7 @@ Llama family, so that the two rows of a RoPE pair are neighbours; reading restor
 import functools
 import math
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -15,7 +16,7 @@ from models.checkpoints.checkpoint import Checkpoint, LazyTensor
 from models.checkpoints.gguf_config import ROPE_FACTORS, read_gguf_config
 from models.checkpoints.gguf_header import TensorEntry, read_gguf_header
 from models.checkpoints.gguf_names import WRITINGS
-from models.checkpoints.mapped_file import map_file, release_pages
+from models.checkpoints.mapped_file import check_size, map_file, release_pages
 from models.errors import CheckpointError, import_extra
 from models.text.gguf_tokenizer import read_gguf_tokenizer
 
@@ -36,6 +37,7 @@ def open_gguf(path: Path) -> Checkpoint:
             f"{path}: architecture {arch!r} is not supported; GGUF files of {known} are."
         )
     writing = WRITINGS[arch]
+    _check_places(path, entries, fields.get("general.alignment", 32))
     table = {entry.name: entry for entry in entries}
     read_values = lambda entry: _lazy_tensor(path, data, entry).read()
     config = read_gguf_config(path, fields, table, read_values)
@@ -61,6 +63,37 @@ def separate_pairs(rows: np.ndarray, heads: int) -> np.ndarray:
     return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(rows.shape)
 
 
+def _row_of(path: Path, entry: TensorEntry) -> tuple[Any, int, int]:
+    """A tensor's type, and the values and bytes of each of its rows; CheckpointError if wrong."""
+    gguf = import_extra("gguf")
+    try:
+        kind = gguf.GGMLQuantizationType(entry.ggml_type)
+        block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+    except (ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"{path}: {entry.name}: unknown ggml type {entry.ggml_type}; a newer gguf may know it."
+        ) from error
+    if not math.prod(entry.shape):
+        raise CheckpointError(f"{path}: {entry.name}: shape {entry.shape} must not be empty.")
+    row = entry.shape[-1] if entry.shape else 1
+    if row % block:
+        raise CheckpointError(f"{path}: {entry.name}: {row=} must be a multiple of {block=}.")
+    return kind, row, row // block * block_bytes
+
+
+def _check_places(path: Path, entries: list[TensorEntry], alignment: int) -> None:
+    """Checks that each tensor starts where the one before it ends, as llama.cpp does."""
+    expected = entries[0].offset if entries else 0
+    for entry in entries:
+        if entry.offset != expected:
+            raise CheckpointError(
+                f"{path}: {entry.name} starts at byte {entry.offset} and must at {expected}."
+            )
+        _, row, row_bytes = _row_of(path, entry)
+        size = math.prod(entry.shape) // row * row_bytes
+        expected += -(-size // alignment) * alignment
+
+
 def _lazy_tensor(
     path: Path,
     data: np.ndarray,
@@ -79,19 +112,8 @@ def _lazy_tensor(
       offset: what the converter has added to the values.
     """
     gguf = import_extra("gguf")
-    try:
-        kind = gguf.GGMLQuantizationType(entry.ggml_type)
-        block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
-    except (ValueError, KeyError) as error:
-        raise CheckpointError(
-            f"{path}: {entry.name}: unknown ggml type {entry.ggml_type}; a newer gguf may know it."
-        ) from error
-    if not math.prod(entry.shape):
-        raise CheckpointError(f"{path}: {entry.name}: shape {entry.shape} must not be empty.")
-    row = entry.shape[-1] if entry.shape else 1
-    if row % block:
-        raise CheckpointError(f"{path}: {entry.name}: {row=} must be a multiple of {block=}.")
-    end = entry.offset + math.prod(entry.shape) // block * block_bytes
+    kind, row, row_bytes = _row_of(path, entry)
+    end = entry.offset + math.prod(entry.shape) // row * row_bytes
     if end > len(data):
         raise CheckpointError(
             f"{path}: truncated: {entry.name} ends at byte {end}, the file has {len(data)}."
@@ -102,12 +124,13 @@ def _lazy_tensor(
         )
 
     def read() -> np.ndarray:
+        check_size(path, data)
         raw = data[entry.offset : end]
         direct = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
         if kind.name in direct:
             values = raw.view(direct[kind.name]).reshape(entry.shape)
         else:
-            blocks = raw.reshape(*entry.shape[:-1], row // block * block_bytes)
+            blocks = raw.reshape(*entry.shape[:-1], row_bytes)
             try:
                 with np.errstate(all="ignore"):  # a damaged scale gives NaN
                     values = gguf.quants.dequantize(blocks, kind)

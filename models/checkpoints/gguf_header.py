@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from models.errors import CheckpointError, one_line
+from models.numbers import MOST_DIMS, whole_number
 
 _STRING, _ARRAY = 8, 9
 _SCALARS = {  # from GGUF's number of a value type to numpy's name
@@ -28,6 +29,10 @@ _SCALARS = {  # from GGUF's number of a value type to numpy's name
     11: "<i8",
     12: "<f8",
 }
+# Published headers have up to 15 MB, 2,000 tensors, 100 fields. Python's objects for a header can
+# take ten times its bytes.
+MOST_HEADER = 64 << 20  # bytes
+MOST_ROWS = 1 << 18  # of the tensor table, and of the metadata
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,12 +59,21 @@ class _Cursor:
                 f"{self.path}: truncated: its header needs at least {self.at} bytes, "
                 f"the file has {len(self.data)}."
             )
+        if self.at > MOST_HEADER:
+            raise CheckpointError(f"{self.path}: its header must have at most {MOST_HEADER} bytes.")
         return start
 
     def scalar(self, kind: str) -> Any:
         dtype = np.dtype(kind)
         start = self.skip(dtype.itemsize)
         return self.data[start : self.at].view(dtype)[0].item()
+
+    def count(self, kind: str, most: int, what: str) -> int:
+        """A number of things that follow; a CheckpointError if it is more than `most`."""
+        found = self.scalar(kind)
+        if found > most:
+            raise CheckpointError(f"{self.path}: {found} {what} must be at most {most}.")
+        return found
 
     def string(self) -> str:
         start = self.skip(self.scalar("<u8"))
@@ -94,7 +108,7 @@ class _Cursor:
     def tensor(self) -> tuple[str, tuple[int, ...], int, int]:
         """A row of the tensor table: name, shape, ggml type, offset from the start of the data."""
         name = self.string()
-        dims = [self.scalar("<u8") for _ in range(self.scalar("<u4"))]
+        dims = [self.scalar("<u8") for _ in range(self.count("<u4", MOST_DIMS, "dimensions"))]
         return name, tuple(reversed(dims)), self.scalar("<u4"), self.scalar("<u8")
 
 
@@ -118,19 +132,22 @@ def read_gguf_header(path: Path, data: np.ndarray) -> tuple[dict[str, Any], list
     version = cursor.scalar("<u4")
     if version not in (2, 3):
         raise CheckpointError(f"{path}: {version=} of GGUF must be 2 or 3, little-endian.")
-    tensor_count, field_count = cursor.scalar("<u8"), cursor.scalar("<u8")
+    tensor_count = cursor.count("<u8", MOST_ROWS, "tensors")
+    field_count = cursor.count("<u8", MOST_ROWS, "fields of metadata")
     try:
         fields: dict[str, Any] = {}
         for _ in range(field_count):
             key = cursor.string()
+            if key in fields:
+                raise ValueError(f"{key!r} is there twice")
             fields[key] = cursor.value(cursor.scalar("<u4"))
         rows = [cursor.tensor() for _ in range(tensor_count)]
+        if len({name for name, *_ in rows}) < len(rows):
+            raise ValueError("a tensor is there twice")
     except CheckpointError:
         raise
     except ValueError as error:  # bad UTF-8, an unknown type
         raise CheckpointError(f"{path}: damaged GGUF header: {one_line(error)}.") from error
-    alignment = fields.get("general.alignment", 32)
-    if not isinstance(alignment, int) or alignment < 1:
-        raise CheckpointError(f"{path}: general.{alignment=} must be a positive whole number.")
-    start = -(-cursor.at // alignment) * alignment
+    align = whole_number(f"{path}: general.alignment", fields.get("general.alignment", 32))
+    start = -(-cursor.at // align) * align
     return fields, [TensorEntry(*row[:3], offset=start + row[3]) for row in rows]

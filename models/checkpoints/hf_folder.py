@@ -6,7 +6,6 @@ bfloat16 and float8 need no torch.
 """
 
 import functools
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,10 @@ import ml_dtypes
 import numpy as np
 
 from models.checkpoints.checkpoint import Checkpoint, LazyTensor
-from models.checkpoints.mapped_file import map_file, release_pages
-from models.errors import CheckpointError, one_line
-from models.json_files import read_json_object
+from models.checkpoints.mapped_file import check_size, map_file, release_pages
+from models.errors import CheckpointError, clear_errors
+from models.json_files import MOST_BYTES, parse_json_object, read_json_object
+from models.numbers import MOST_DIMS
 from models.text.eos_ids import all_eos_ids
 from models.text.hf_tokenizer import read_hf_tokenizer
 
@@ -86,32 +86,59 @@ def open_safetensors(path: Path) -> dict[str, LazyTensor]:
             f"{path}: truncated or no safetensors file: its header needs {max(start, 9)} bytes, "
             f"the file has {len(data)}."
         )
-    try:
-        header = json.loads(data[8:start].tobytes())
-        header.pop("__metadata__", None)
-        entries = {name: _parse_entry(entry) for name, entry in header.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: invalid safetensors header: {one_line(error)}.") from error
-    expected = start + max((end for *_, end in entries.values()), default=0)
+    if header_bytes > MOST_BYTES:
+        raise CheckpointError(f"{path}: its header must have at most {MOST_BYTES} bytes.")
+    source = f"{path}: invalid safetensors header"
+    header = parse_json_object(data[8:start].tobytes(), source)
+    header.pop("__metadata__", None)
+    with clear_errors(source):
+        entries = {name: _parse_entry(name, entry) for name, entry in header.items()}
+    expected = start + _check_places(source, entries)
     if len(data) != expected:
         state = "truncated" if len(data) < expected else "too long"
         raise CheckpointError(f"{path}: {state}: expected {expected} bytes, has {len(data)}.")
 
     def lazy(dtype: str, shape: tuple[int, ...], begin: int, end: int) -> LazyTensor:
         span = start + begin, start + end
-        values = data[slice(*span)].view(_DTYPES[dtype]).reshape(shape)
+
+        def read() -> np.ndarray:
+            check_size(path, data)
+            return data[slice(*span)].view(_DTYPES[dtype]).reshape(shape)
+
         release = functools.partial(release_pages, data, *span)
-        return LazyTensor(shape, dtype, lambda: values, end - begin, release)
+        return LazyTensor(shape, dtype, read, end - begin, release)
 
     return {name: lazy(*entry) for name, entry in entries.items()}
 
 
-def _parse_entry(entry: dict[str, Any]) -> tuple[str, tuple[int, ...], int, int]:
-    """Dtype, shape, first byte and end of a tensor; ValueError if they contradict each other."""
+_Entry = tuple[str, tuple[int, ...], int, int]  # dtype, shape, first byte, end
+
+
+def _check_places(source: str, entries: dict[str, _Entry]) -> int:
+    """Checks that the tensors cover every byte of the data once; returns the number of bytes.
+
+    The safetensors package refuses overlaps and holes, too: they could hide what is in a file.
+    """
+    expected = 0
+    for name, (*_, begin, end) in sorted(entries.items(), key=lambda item: item[1][2:]):
+        if begin != expected:
+            raise CheckpointError(
+                f"{source}: {name!r} is at byte {begin} and must be at {expected}."
+            )
+        expected = end
+    return expected
+
+
+def _parse_entry(name: str, entry: dict[str, Any]) -> _Entry:
+    """A tensor's row of the header; ValueError if its parts contradict each other."""
+    if missing := {"dtype", "shape", "data_offsets"} - set(entry):
+        raise ValueError(f"{name!r} has no {min(missing)}")
     dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-    if dtype not in _DTYPES:
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
         raise ValueError(f"unknown {dtype=}")
-    if not all(isinstance(size, int) and size >= 0 for size in (*shape, begin, end)):
+    if len(shape) > MOST_DIMS:
+        raise ValueError(f"{name!r} has {len(shape)} dimensions, at most {MOST_DIMS} may be")
+    if not all(type(size) is int and size >= 0 for size in (*shape, begin, end)):
         raise ValueError(f"{shape=} and its offsets must be whole numbers, not negative")
     if end - begin != math.prod(shape) * np.dtype(_DTYPES[dtype]).itemsize:
         raise ValueError(f"{shape=} of {dtype} does not fill bytes {begin} to {end}")
@@ -126,7 +153,8 @@ def _open_shards(index_path: Path) -> dict[str, LazyTensor]:
     shards: dict[str, dict[str, LazyTensor]] = {}
     tensors: dict[str, LazyTensor] = {}
     for name, file_name in weight_map.items():
-        if not isinstance(file_name, str) or Path(file_name).name != file_name:
+        plain = isinstance(file_name, str) and file_name not in ("", ".", "..")
+        if not plain or Path(file_name).name != file_name or "\\" in file_name:
             raise CheckpointError(f"{index_path}: {name}: {file_name!r} must be a file name.")
         if file_name not in shards:
             shard = index_path.parent / file_name

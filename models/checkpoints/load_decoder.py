@@ -1,6 +1,8 @@
 """Fills a `Decoder` from a checkpoint, tensor by tensor, without holding the model twice."""
 
 import functools
+import math
+import os
 from collections.abc import Callable
 
 import jax
@@ -19,7 +21,7 @@ from models.checkpoints.tensor_names import (
 )
 from models.checkpoints.tied_head import as_stored
 from models.decoder import Decoder
-from models.errors import CheckpointError
+from models.errors import CheckpointError, clear_errors
 from models.families.architectures import architecture_config
 
 Progress = Callable[[int, int], None]  # bytes of weights read so far, bytes there are in all
@@ -42,13 +44,15 @@ def load_decoder(
       CheckpointError: an unknown architecture, or a tensor that is missing, left over, or of the
         wrong shape or type. The message names it.
     """
-    config = architecture_config(checkpoint.config)
-    naming = find_naming(checkpoint, config)
-    config = as_stored(config, checkpoint, naming)
-    recipes = recipe_table(config, naming)
-    check_names(checkpoint, recipes, config.layers)
+    with clear_errors(checkpoint.path):
+        config = architecture_config(checkpoint.config)
+        naming = find_naming(checkpoint, config)
+        config = as_stored(config, checkpoint, naming)
+        recipes = recipe_table(config, naming)
+        check_names(checkpoint, recipes, config.layers)
     model = nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(0), scan=scan, dtype=dtype))
     graph, state = nnx.split(model)
+    _check_memory(checkpoint, state)
     read = _Reader(checkpoint, [name for name, _ in tensor_names(recipes, config.layers)], progress)
     filled = []
     for path, parameter in nnx.to_flat_state(state):
@@ -56,6 +60,23 @@ def load_decoder(
         value = _fill(read, recipes[own], parameter.get_value(), layers, stacked=stacked)
         filled.append((path, parameter.replace(value)))
     return nnx.merge(graph, nnx.from_flat_state(filled))
+
+
+def _check_memory(checkpoint: Checkpoint, state: nnx.State) -> None:
+    """Checks that a CPU's memory can hold the parameters, before any is allocated.
+
+    A sparse file can promise more than a disk holds, and a system that runs out of memory may end
+    the process without a word. A GPU refuses by itself.
+    """
+    needed = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(state))
+    if jax.default_backend() != "cpu" or "SC_PHYS_PAGES" not in getattr(os, "sysconf_names", {}):
+        return
+    present = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > present:
+        raise CheckpointError(
+            f"{checkpoint.path}: the model needs {needed / 2**30:.1f} GiB of memory, and this "
+            f"machine has {present / 2**30:.1f} GiB."
+        )
 
 
 class _Reader:

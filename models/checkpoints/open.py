@@ -8,7 +8,7 @@ from models.checkpoints.fetch_smollm2 import fetch_smollm2
 from models.checkpoints.gguf_file import open_gguf
 from models.checkpoints.hf_folder import open_hf_folder
 from models.checkpoints.hub import fetch_from_hub, is_hub_name
-from models.errors import CheckpointError
+from models.errors import CheckpointError, clear_errors
 
 NAMES = {"smollm2": fetch_smollm2}  # models that can be had by name, and how each is fetched
 
@@ -29,9 +29,15 @@ def open_checkpoint(
         or a fetch failed. The message is one line that names the file.
     """
     fetch = NAMES.get(str(path_or_name))
-    path = Path(path_or_name if fetch is None else fetch(say)).expanduser()
-    if not path.exists() and is_hub_name(str(path_or_name)):
-        path = fetch_from_hub(str(path_or_name), say)
+    source = path_or_name if fetch is None else fetch(say)
+    with clear_errors(source):
+        path = Path(source).expanduser()
+        if not path.exists() and is_hub_name(str(source)):
+            path = fetch_from_hub(str(source), say)
+        return _open(path)
+
+
+def _open(path: Path) -> Checkpoint:
     if path.is_dir():
         return open_hf_folder(path)
     if not path.exists():

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from models.errors import CheckpointError
+from models.numbers import MOST
 
 # Tokens that end a turn or a text in published vocabularies. A GGUF file names one or two by id and
 # has the others in its vocabulary alone; llama.cpp stops at all of them, too.
@@ -44,7 +45,7 @@ def all_eos_ids(source: str, *settings: Mapping[str, Any]) -> list[int]:
         for part in (text, one) if isinstance(text, Mapping) else (one,):
             eos = part.get("eos_token_id")
             ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
-            if not all(type(token) is int and token >= 0 for token in ids):
+            if not all(type(token) is int and 0 <= token <= MOST for token in ids):
                 raise CheckpointError(f"{source}: eos_token_id must be token ids, not {eos!r}.")
             found += ids
     return list(dict.fromkeys(found))

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from models.errors import CheckpointError, import_extra
+from models.errors import CheckpointError, clear_errors, import_extra
 from models.text.eos_ids import CONTROL, USER_DEFINED
 from models.text.gguf_pre_splits import PRE_SPLITS, PreSplit
 from models.text.gguf_vocabulary import (
@@ -38,6 +38,11 @@ def read_gguf_tokenizer(fields: Mapping[str, Any], *, source: str = "GGUF") -> T
     Raises:
       CheckpointError: the metadata has no tokenizer, one of another kind, or a damaged one.
     """
+    with clear_errors(source):
+        return _read(fields, source)
+
+
+def _read(fields: Mapping[str, Any], source: str) -> Tokenizer:
     keys = {k.removeprefix("tokenizer.ggml."): v for k, v in fields.items()}
     kind, pre = keys.get("model"), keys.get("pre") or "default"
     if (

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from models.errors import CheckpointError
+from models.numbers import MOST
 from models.text.eos_ids import ends_in_vocabulary
 
 UNKNOWN = 2  # a value of tokenizer.ggml.token_type, like those of eos_ids
@@ -58,12 +59,13 @@ def token_id(fields: Mapping[str, Any], key: str, tokens: int, default: int | No
 def gguf_eos_ids(fields: Mapping[str, Any]) -> list[int]:
     """Ids of the tokens that end a generation: end of sequence, of turn, of message.
 
-    They are those that the metadata names by id, and those of the vocabulary that are known to end
+    They are those that the metadata names by id, inside the vocabulary as in `token_id`, and those of the vocabulary that are known to end
     a turn by their text.
     """
     named = (fields.get(f"tokenizer.ggml.{key}") for key in _ID_KEYS)
-    ids = [token for token in named if isinstance(token, int) and not isinstance(token, bool)]
     tokens = fields.get("tokenizer.ggml.tokens")
+    most = len(tokens) if isinstance(tokens, list) else MOST
+    ids = [token for token in named if type(token) is int and 0 <= token < most]
     types = fields.get("tokenizer.ggml.token_type")
     if isinstance(tokens, list):
         ids += ends_in_vocabulary(tokens, types if isinstance(types, list) else [])

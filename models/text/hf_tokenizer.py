@@ -7,12 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from models.errors import CheckpointError, import_extra
+from models.errors import CheckpointError, clear_errors, import_extra
 from models.json_files import read_json_object, read_text
+from models.numbers import switch, token_id
 from models.text.eos_ids import all_eos_ids
 from models.text.hf_special_tokens import add_special_tokens, special_texts
 from models.text.prefix_space import with_prefix_space
 from models.text.tokenizer import Tokenizer, call_tokenizers
+from models.text.tokenizer_file import check_tokenizer_json
 
 
 def read_hf_tokenizer(folder: Path) -> Tokenizer:
@@ -25,11 +27,17 @@ def read_hf_tokenizer(folder: Path) -> Tokenizer:
       CheckpointError: there is no tokenizer.json, a file is damaged, or the files contradict each
         other.
     """
+    with clear_errors(folder):
+        return _read(folder)
+
+
+def _read(folder: Path) -> Tokenizer:
     file, source = folder / "tokenizer.json", str(folder)
     if not file.exists():
         raise CheckpointError(f"{folder}: has no tokenizer.json; give token ids instead.")
-    read_text(file)  # explains an unreadable file better than the library does
-    backend = call_tokenizers(str(file), import_extra("tokenizers").Tokenizer.from_file, str(file))
+    text = read_text(file)
+    check_tokenizer_json(text, str(file))
+    backend = call_tokenizers(str(file), import_extra("tokenizers").Tokenizer.from_str, text)
     config = _read_optional(folder / "tokenizer_config.json")
     named = _read_optional(folder / "special_tokens_map.json") | config
     backend = with_prefix_space(backend, config.get("add_prefix_space"), source)
@@ -70,16 +78,14 @@ def _find_bos(
     """
     bos_id = backend.token_to_id(special.get("bos_token", ""))
     for name in ("generation_config.json", "config.json"):
-        if (
-            bos_id is None
-            and type(given := _read_optional(folder / name).get("bos_token_id")) is int
-        ):
-            bos_id = given
+        given = _read_optional(folder / name).get("bos_token_id")
+        if bos_id is None and given is not None:
+            bos_id = token_id(f"{folder / name}: bos_token_id", given)
     explicit = config.get("add_bos_token")
     if explicit is not None:
-        if explicit and bos_id is None:
+        if switch(f"{folder}: add_bos_token", explicit) and bos_id is None:
             raise CheckpointError(f"{folder}: add_bos_token is true, but no bos_token is known.")
-        return bos_id, bool(explicit)
+        return bos_id, explicit
     bare = backend.encode("a", add_special_tokens=False).ids
     whole = backend.encode("a").ids
     before = next((n for n in range(len(whole)) if whole[n : n + len(bare)] == bare), 0)

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from models.errors import CheckpointError, one_line
+from models.errors import CheckpointError, no_panics, one_line
 from models.text.chat_template import render_chat
 
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
@@ -37,15 +37,21 @@ class Tokenizer:
 
         If the checkpoint asks for a BOS, it comes first, except where `text` already starts with
         it (chat templates write it themselves). No EOS is added.
+
+        Raises:
+          CheckpointError: the tokenizer can't cut this text, as where one of its regular
+            expressions takes too many tries.
         """
-        ids = self.backend.encode(text, add_special_tokens=False).ids
+        with no_panics(self.source):
+            ids = self.backend.encode(text, add_special_tokens=False).ids
         if self.adds_bos and self.bos_id is not None and ids[:1] != [self.bos_id]:
             ids = [self.bos_id, *ids]
         return ids
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
         """Text of `ids`. Invalid UTF-8 becomes U+FFFD; ids past the vocabulary give no text."""
-        return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special)
+        with no_panics(self.source):
+            return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special)
 
     def stream(self, *, skip_special: bool = True) -> "TextStream":
         """An incremental `decode`, for printing a generation while it runs."""
@@ -126,7 +132,8 @@ def call_tokenizers(source: str, build: Callable[..., Any], *args: Any) -> Any:
     be caught.
     """
     try:
-        return build(*args)
+        with no_panics(source):
+            return build(*args)
     except CheckpointError:
         raise
     except Exception as error:
