@@ -59,8 +59,8 @@ def token_id(fields: Mapping[str, Any], key: str, tokens: int, default: int | No
 def gguf_eos_ids(fields: Mapping[str, Any]) -> list[int]:
     """Ids of the tokens that end a generation: end of sequence, of turn, of message.
 
-    They are those that the metadata names by id, inside the vocabulary as in `token_id`, and those of the vocabulary that are known to end
-    a turn by their text.
+    They are those that the metadata names by id, unless they lie outside the vocabulary, and those
+    of the vocabulary that are known to end a turn by their text.
     """
     named = (fields.get(f"tokenizer.ggml.{key}") for key in _ID_KEYS)
     tokens = fields.get("tokenizer.ggml.tokens")
