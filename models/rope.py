@@ -99,7 +99,7 @@ def _checked(parameters: dict) -> dict:
         elif name == "truncate":
             switch(name, value)
         elif name == "factors":
-            checked[name] = [positive_number("a factor", factor) for factor in value]
+            checked[name] = [positive_number("a factor", factor) for factor in value or ()]
     return checked
 
 

@@ -50,8 +50,9 @@ class Args:
       eval_quality.py --codec 3bit_nc --recent-pages 2 --sink-tokens 4 --plot quality.svg
     """
 
-    model: Names = ("smollm2",)
-    """'smollm2' (93 MB, fetched once), a GGUF file, or a Hugging Face folder; repeat for more."""
+    model: Names = ()
+    """'smollm2' (93 MB, fetched once; the default), a GGUF file, or a Hugging Face folder; repeat
+    for more."""
     keep: CodecsOptions = CodecsOptions()
     text: Names = ()
     """File to score; repeat for several. 'python': chapters of the Python reference that ship with
@@ -129,9 +130,8 @@ def check_args(args: Args) -> tuple[dict[str, KVCodec], tuple[str, ...]]:
     codecs = args.keep.choose(names)
     check_least(args, "lengths", least=2)
     check_least(args, "chunk", "documents", "instances")
-    for option in ("lengths", "model"):
-        if not getattr(args, option):
-            raise ValueError(f"--{option} needs a value.")
+    if not args.lengths:
+        raise ValueError("--lengths needs a value.")
     for task in args.tasks:
         check_choice("tasks", task, [*TASKS, "all"])
     tasks = tuple(TASKS) if "all" in args.tasks else tuple(dict.fromkeys(args.tasks))
@@ -207,12 +207,12 @@ def main(args: Args) -> int:
     log = Console(stderr=True, highlight=False)
     say = lambda line: log.print(line, style="dim", soft_wrap=True)
     codecs, tasks = check_args(args)
+    # Not the option's default: given names are added to that.
+    args = dataclasses.replace(args, model=tuple(dict.fromkeys(args.model)) or ("smollm2",))
     plot = plot_path(args.plot)
     texts = read_texts(args.text or (() if tasks else (PYTHON,)))
     dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    jobs = [
-        prepare(args, name, codecs, texts, tasks, dtype, say) for name in dict.fromkeys(args.model)
-    ]
+    jobs = [prepare(args, name, codecs, texts, tasks, dtype, say) for name in args.model]
     if plot is None and args.plot == PLOT:
         say("no plot: it needs matplotlib (pip install matplotlib)")
     for text in texts:

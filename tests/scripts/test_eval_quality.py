@@ -143,7 +143,6 @@ def test_without_matplotlib_only_a_plot_that_was_asked_for_is_an_error(monkeypat
         (dict(sink_tokens=-1), "--sink-tokens -1 must not be negative"),
         (dict(lengths=(512, 1)), "--lengths 1 must be at least 2"),
         (dict(lengths=()), "--lengths needs a value"),
-        (dict(model=()), "--model needs a value"),
         (dict(chunk=0), "--chunk 0 must be at least 1"),
         (dict(documents=0), "--documents 0 must be at least 1"),
         (dict(instances=0), "--instances 0 must be at least 1"),
