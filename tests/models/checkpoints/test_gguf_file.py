@@ -203,7 +203,10 @@ def test_unknown_tensor_keeps_its_name_for_the_loader_to_refuse(tmp_path):
         ([("add_uint16", "split.count", 3)], "llama-gguf-split --merge"),
         ([("add_rope_dimension_count", 4)], "rotating a part of head_dim"),
         ([("add_key_length", 8), ("add_value_length", 16)], "value_length"),
-        ([("add_string", "llama.vocab_size", "x"), ("add_rope_dimension_count", 0)], "at least 1"),
+        (
+            [("add_string", "llama.vocab_size", "x"), ("add_rope_dimension_count", 0)],
+            "must be a positive number, not 0",
+        ),
     ],
 )
 def test_unsupported_features_are_named(tmp_path, extra, rule):
