@@ -39,7 +39,7 @@ def config(folder: Path, rng: random.Random) -> None:
 def gguf(folder: Path, rng: random.Random) -> None:
     """A damaged GGUF file: config, table of tensors, values, tokenizer."""
     path = folder / "m.gguf"
-    path.write_bytes(mutations.damaged_gguf(*_gguf_parts(), rng))
+    path.write_bytes(mutations.damaged_gguf(*gguf_parts(), rng))
     checkpoint = open_checkpoint(path)
     found = architecture_config(checkpoint.config)
     naming = find_naming(checkpoint, found)
@@ -49,7 +49,8 @@ def gguf(folder: Path, rng: random.Random) -> None:
     checkpoint.load_tokenizer().encode(TEXT)
 
 
-def _gguf_parts() -> tuple[dict, dict]:
+def gguf_parts() -> tuple[dict, dict]:
+    """Metadata and tensors of a small Llama, as `mutations.gguf_bytes` takes them."""
     numbers = {
         "context_length": 128,
         "embedding_length": 32,
