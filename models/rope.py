@@ -64,7 +64,7 @@ def make_rope(head_dim: int, parameters: dict) -> Rope:
       ValueError: the type is unknown, or a parameter is missing or out of range.
     """
     whole_number("head_dim", head_dim, most=MOST_HEAD_DIM)
-    parameters = _checked(parameters)
+    parameters = _checked(parameters, head_dim)
     kind = parameters.get("rope_type", "default")
     scale = 1.0
     try:
@@ -88,7 +88,7 @@ def make_rope(head_dim: int, parameters: dict) -> Rope:
     return Rope(frequencies=tuple(frequency.tolist()), scale=scale)
 
 
-def _checked(parameters: dict) -> dict:
+def _checked(parameters: dict, head_dim: int) -> dict:
     """`parameters` with every number that is read here checked, and optional nulls left out."""
     checked = {k: v for k, v in parameters.items() if v is not None or k not in YARN_OPTIONAL}
     for name, value in checked.items():
@@ -99,7 +99,9 @@ def _checked(parameters: dict) -> dict:
         elif name == "truncate":
             switch(name, value)
         elif name == "factors":
-            checked[name] = [positive_number("a factor", factor) for factor in value or ()]
+            if not isinstance(value, list) or len(value) != head_dim // 2:
+                raise ValueError(f"factors must be a list of {head_dim // 2} numbers.")
+            checked[name] = [positive_number("a factor", factor) for factor in value]
     return checked
 
 

@@ -92,6 +92,8 @@ YARN = {"rope_type": "yarn", "original_max_position_embeddings": 64, "factor": 2
         ({"rope_type": "linear", "factor": 1e-45}, "factor"),
         ({"rope_type": "linear", "factor": True}, "factor"),
         (YARN | {"mscale": math.nan}, "mscale"),
+        ({"rope_type": "factors", "factors": [1.0]}, "factors must be a list of 4"),
+        ({"rope_type": "factors", "factors": [1.0, 2.0, 0.0, 1.0]}, "a factor=0.0"),
     ],
 )
 def test_no_division_by_zero_in_rotations(parameters, part):

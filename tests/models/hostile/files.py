@@ -39,7 +39,15 @@ def config(folder: Path, rng: random.Random) -> None:
 def gguf(folder: Path, rng: random.Random) -> None:
     """A damaged GGUF file: config, table of tensors, values, tokenizer."""
     path = folder / "m.gguf"
-    path.write_bytes(mutations.damaged_gguf(*gguf_parts(), rng))
+    fields, tensors = gguf_parts(
+        rng.choice(("llama", "llama", "qwen2", "qwen3", "gemma2", "gemma3"))
+    )
+    if rng.random() < 0.3:  # a SentencePiece tokenizer
+        fields["tokenizer.ggml.model"] = (8, "llama")
+        fields["tokenizer.ggml.unknown_token_id"] = (4, 0)
+        scores = [-float(i) for i in range(len(fields["tokenizer.ggml.tokens"][1][1]))]
+        fields["tokenizer.ggml.scores"] = (9, (6, scores))
+    path.write_bytes(mutations.damaged_gguf(fields, tensors, rng))
     checkpoint = open_checkpoint(path)
     found = architecture_config(checkpoint.config)
     naming = find_naming(checkpoint, found)
@@ -49,8 +57,8 @@ def gguf(folder: Path, rng: random.Random) -> None:
     checkpoint.load_tokenizer().encode(TEXT)
 
 
-def gguf_parts() -> tuple[dict, dict]:
-    """Metadata and tensors of a small Llama, as `mutations.gguf_bytes` takes them."""
+def gguf_parts(arch: str = "llama") -> tuple[dict, dict]:
+    """Metadata and tensors of a small model, as `mutations.gguf_bytes` takes them."""
     numbers = {
         "context_length": 128,
         "embedding_length": 32,
@@ -61,10 +69,10 @@ def gguf_parts() -> tuple[dict, dict]:
         "attention.key_length": 8,
         "rope.dimension_count": 8,
     }
-    fields = {"general.architecture": (8, "llama"), "general.alignment": (4, 32)}
-    fields |= {f"llama.{key}": (4, number) for key, number in numbers.items()}
-    fields |= {"llama.attention.layer_norm_rms_epsilon": (6, 1e-5)}
-    fields |= {"llama.rope.freq_base": (6, 1e4), "llama.rope.scaling.factor": (6, 2.0)}
+    fields = {"general.architecture": (8, arch), "general.alignment": (4, 32)}
+    fields |= {f"{arch}.{key}": (4, number) for key, number in numbers.items()}
+    fields |= {f"{arch}.attention.layer_norm_rms_epsilon": (6, 1e-5)}
+    fields |= {f"{arch}.rope.freq_base": (6, 1e4), f"{arch}.rope.scaling.factor": (6, 2.0)}
     kinds = {"model": 8, "pre": 8, "tokens": (9, 8), "merges": (9, 8), "token_type": (9, 5)}
     for key, value in tiny_tokenizers.byte_fields().items():
         kind = kinds.get(key.rpartition(".")[2], 4)
