@@ -31,7 +31,7 @@ def clear_errors(source: object) -> Iterator[None]:
       CheckpointError: in place of any error. What is meant to end the process passes.
     """
     try:
-        with no_panics(source):
+        with library_errors(source):
             yield
     except CheckpointError:
         raise
@@ -47,17 +47,16 @@ def clear_errors(source: object) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def no_panics(source: object) -> Iterator[None]:
-    """Turns a panic of a library written in Rust into a CheckpointError; other errors pass.
+def library_errors(source: object) -> Iterator[None]:
+    """Turns what a library written in Rust raises by itself into a CheckpointError.
 
-    It is pyo3's `PanicException`, which is no `Exception`, and has no module to be imported from.
+    That is a panic, pyo3's `PanicException`, which is no `Exception` and has no module to be
+    imported from; and `Exception` itself. Other errors pass: they are those of our callers.
     """
     try:
         yield
-    except Exception:
-        raise
     except BaseException as error:
-        if type(error).__name__ != "PanicException":
+        if type(error) is not Exception and type(error).__name__ != "PanicException":
             raise
         raise CheckpointError(f"{source}: a library gave up: {one_line(error)}.") from error
 

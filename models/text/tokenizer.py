@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from models.errors import CheckpointError, no_panics, one_line
+from models.errors import CheckpointError, library_errors, one_line
 from models.text.chat_template import render_chat
 
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
@@ -42,7 +42,7 @@ class Tokenizer:
           CheckpointError: the tokenizer can't cut this text, as where one of its regular
             expressions takes too many tries.
         """
-        with no_panics(self.source):
+        with library_errors(self.source):
             ids = self.backend.encode(text, add_special_tokens=False).ids
         if self.adds_bos and self.bos_id is not None and ids[:1] != [self.bos_id]:
             ids = [self.bos_id, *ids]
@@ -50,7 +50,7 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
         """Text of `ids`. Invalid UTF-8 becomes U+FFFD; ids past the vocabulary give no text."""
-        with no_panics(self.source):
+        with library_errors(self.source):
             return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special)
 
     def stream(self, *, skip_special: bool = True) -> "TextStream":
@@ -131,10 +131,10 @@ def call_tokenizers(source: str, build: Callable[..., Any], *args: Any) -> Any:
     The `tokenizers` library raises plain `Exception` for damaged input, so nothing narrower can
     be caught.
     """
-    try:
-        with no_panics(source):
+    with library_errors(source):
+        try:
             return build(*args)
-    except CheckpointError:
-        raise
-    except Exception as error:
-        raise CheckpointError(f"{source}: unusable tokenizer: {one_line(error)}.") from error
+        except CheckpointError:
+            raise
+        except Exception as error:
+            raise CheckpointError(f"{source}: unusable tokenizer: {one_line(error)}.") from error

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import tokenizers
 from safetensors.numpy import save_file
 
 from models.checkpoints.open import open_checkpoint
@@ -100,6 +101,8 @@ def tokenizer(folder: Path, rng: random.Random) -> None:
             tiny_tokenizers.gemma_like_backend,
             tiny_tokenizers.metaspace_backend,
             lambda: tiny_tokenizers.byte_tokenizer("llama-bpe").backend,
+            _unigram_backend,
+            _wordpiece_backend,
         )
     )()
     files = {
@@ -123,6 +126,33 @@ def tokenizer(folder: Path, rng: random.Random) -> None:
     read = read_hf_tokenizer(folder)
     ids = read.encode(TEXT)
     read.decode(ids[:2000])
+
+
+def _unigram_backend():
+    vocab = [("<unk>", 0.0), ("▁a", -1.0), ("b", -2.0), ("é", -3.0)]
+    backend = tokenizers.Tokenizer(tokenizers.models.Unigram(vocab, 0, byte_fallback=False))
+    steps = tokenizers.normalizers
+    backend.normalizer = steps.Sequence([steps.NFKC(), steps.Strip(), steps.Replace(" ", "▁")])
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    backend.decoder = tokenizers.decoders.Metaspace()
+    backend.enable_padding(length=20)
+    backend.enable_truncation(16, stride=3)
+    return backend
+
+
+def _wordpiece_backend():
+    words = ["[UNK]", "a", "##b", "c", "[CLS]", "[SEP]"]
+    model = tokenizers.models.WordPiece({w: i for i, w in enumerate(words)}, unk_token="[UNK]")
+    backend, cut = tokenizers.Tokenizer(model), tokenizers.pre_tokenizers
+    backend.normalizer = tokenizers.normalizers.BertNormalizer()
+    backend.pre_tokenizer = cut.Sequence(
+        [cut.BertPreTokenizer(), cut.Digits(), cut.UnicodeScripts(), cut.FixedLength(3)]
+    )
+    backend.post_processor = tokenizers.processors.TemplateProcessing(
+        "[CLS] $A [SEP]", special_tokens=[("[CLS]", 4), ("[SEP]", 5)]
+    )
+    backend.decoder = tokenizers.decoders.WordPiece()
+    return backend
 
 
 def safetensors(folder: Path, rng: random.Random) -> None:
