@@ -49,6 +49,8 @@ def float_name(name: str, value: Any) -> str:
     known = ("bfloat16", "float16", "float32")
     try:
         found = jnp.dtype(value).name if value is not None else None
+        if found in known and jnp.dtype(value) != jnp.dtype(found):
+            found = None  # another byte order has the same name
     except TypeError:
         found = None
     if found not in known:
@@ -96,8 +98,8 @@ def _array(name: str, value: Any) -> jax.Array | np.ndarray:
             array = np.asarray(value)
             if array.dtype != object:
                 return array
-        except ValueError:  # a list of lists of unequal lengths
-            pass
+        except (ValueError, jax.errors.TracerArrayConversionError):
+            pass  # a list of lists of unequal lengths, or of traced numbers
         try:
             return jnp.asarray(value)  # a list of JAX's numbers
         except (TypeError, ValueError, OverflowError):

@@ -10,6 +10,7 @@ it is not used, and by `jaxkv.check(cache)` on the host.
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -17,13 +18,14 @@ import jax.numpy as jnp
 from jax.experimental import checkify
 
 from jaxkv.allocator import NULL_PAGE
-from jaxkv.arguments import check_floats, counts, sequence_numbers, shown
+from jaxkv.arguments import check_floats, counts, sequence_numbers
 from jaxkv.arguments import mask as read_mask
 from jaxkv.attend import attend_stores
-from jaxkv.config import CacheConfig, Layer, LayerGroup
+from jaxkv.config import CacheConfig, Layer, LayerGroup, check_config
 from jaxkv.inference_only import inference_only
 from jaxkv.page_tables import entries, look_up
 from jaxkv.static_means import static_means
+from jaxkv.step_order import Seen, attend_layer, check_complete
 from jaxkv.store import Committed, Fork, NewTokens, Store, create_store
 from pallas_kernels.backends import Backend
 from pallas_kernels.checks import positive_number
@@ -31,7 +33,12 @@ from pallas_kernels.segment import Queries
 from pallas_kernels.shapes import bind_dims
 
 
-@jax.tree_util.register_dataclass
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["stores", "lengths", "pending", "starved", "too_long", "attended"],
+    meta_fields=["config", "prepared"],
+    drop_fields=["seen"],
+)
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KVCache:
     """Keys and values of `config.batch` sequences, in pages; the module's docstring has its use."""
@@ -44,10 +51,11 @@ class KVCache:
     # i32[layers], times that each was attended since prepare, group after group; only the checked
     # mode reads it
     attended: jax.Array
-    config: CacheConfig = dataclasses.field(metadata=dict(static=True))
+    config: CacheConfig  # static
     # Whether a step is prepared and not yet committed. Static, so that a call in the wrong order
     # raises when it is traced.
-    prepared: bool = dataclasses.field(default=False, metadata=dict(static=True))
+    prepared: bool = False
+    seen: Seen = None  # layers attended since prepare; no part of the pytree, see `Seen`
 
     @classmethod
     def create(
@@ -63,9 +71,7 @@ class KVCache:
         Raises:
           ValueError: the configuration is not valid, or key means are missing or misshapen.
         """
-        if not isinstance(config, CacheConfig):
-            raise ValueError(f"config must be a CacheConfig, not {shown(config)}.")
-        config.checked()
+        check_config(config)
         # No array is used twice: JAX refuses to donate a state that holds the same buffer twice.
         return cls(
             stores=tuple(
@@ -104,9 +110,8 @@ class KVCache:
         new_tokens = counts("new_tokens", new_tokens, self.config.batch)
         if self.prepared:
             return self.commit(jnp.zeros_like(self.pending), _check=False).prepare(new_tokens)
-        too_long = new_tokens > self.config.max_new_tokens
-        if self.config.max_tokens is not None:
-            too_long |= self.lengths + new_tokens > self.config.max_tokens
+        room = jnp.minimum(self.config.longest - self.lengths, self.config.max_new_tokens)
+        too_long = new_tokens > jnp.maximum(room, 0)
         new_tokens = jnp.where(too_long, 0, jnp.maximum(new_tokens, 0))
         starved, needs = jnp.zeros_like(too_long), jnp.zeros_like(too_long)
         for store in self.stores:
@@ -124,6 +129,7 @@ class KVCache:
             too_long=too_long,
             attended=jnp.zeros_like(self.attended),
             prepared=True,
+            seen=frozenset(),
         )
 
     def attend(
@@ -164,11 +170,10 @@ class KVCache:
 
         Raises:
           ValueError: the step is not prepared, there is no such layer, shapes or types disagree,
-            there are more rows than `max_new_tokens`, or `q_sink` is missing or not wanted.
+            there are more rows than `max_new_tokens`, `q_sink` is missing or not wanted, or
+            tracing shows that the step has attended the layer before.
           NotImplementedError: the named backend does not serve this call, or it is differentiated.
         """
-        if not self.prepared:
-            raise ValueError("attend needs a prepared step: call prepare(new_tokens) before it.")
         number, index = self.config.place(layer)
         check_floats(q=q, k=k, v=v, sink_logits=sink_logits, q_sink=q_sink)
         if soft_cap is not None:
@@ -178,6 +183,7 @@ class KVCache:
         group = self.config.groups[number]
         spec = group.spec
         self._check_rows(group, q, k, v, sink_logits=sink_logits, q_sink=q_sink)
+        seen = attend_layer(self.seen, group.layers[index] if isinstance(index, int) else None)
         q, k, v, sink_logits, q_sink = inference_only((q, k, v, sink_logits, q_sink))
         stores = list(self.stores)
         new = NewTokens(k, v, self.lengths, self.pending)
@@ -194,10 +200,13 @@ class KVCache:
             q_sink=q_sink,
             backend=backend,
         )
+        if not self.prepared:  # last, so that a call that is wrong in itself is told so
+            raise ValueError("attend needs a prepared step: call prepare(new_tokens) before it.")
+        out = inference_only(out)  # pools might be differentiated, too
         for own in group.stores:
             stores[own] = stores[own].after_reading(out)
         attended = self.attended + self.config.marks(number, index)
-        cache = dataclasses.replace(self, stores=tuple(stores), attended=attended)
+        cache = dataclasses.replace(self, stores=tuple(stores), attended=attended, seen=seen)
         return cache, out.astype(q.dtype)
 
     def _check_rows(self, group: LayerGroup, q, k, v, *, sink_logits, q_sink) -> None:
@@ -240,12 +249,14 @@ class KVCache:
             for a sequence that starved or asked for too many (an error in checked mode).
 
         Raises:
-          ValueError: no step is prepared, or `accepted` is not a whole number for each sequence.
+          ValueError: no step is prepared, `accepted` is not a whole number for each sequence, or
+            tracing shows that some layers were attended and others were not.
         """
         if not self.prepared:
             raise ValueError("commit needs a prepared step: call prepare(new_tokens) before it.")
-        accepted = counts("accepted", accepted, self.config.batch)
+        given, accepted = accepted, counts("accepted", accepted, self.config.batch)
         if _check:
+            check_complete(self.seen, len(self.config.layers), given)
             wrong = jnp.argmax(self.attended != 1)
             order = [layer for group in self.config.groups for layer in group.layers]
             checkify.debug_check(
@@ -298,8 +309,9 @@ class KVCache:
 
         Args:
           src: `i32[n]` or an int, sequences to copy, as they are before the call.
-          dst: like `src`, all different; entries outside `0 <= dst < batch` are ignored, and so are
-            those whose `src` is (an error in checked mode).
+          dst: like `src`, all different (of equal ones the first counts: an error in checked mode);
+            entries outside `0 <= dst < batch` are ignored, and so are those whose `src` is (an
+            error in checked mode).
 
         Raises:
           ValueError: a step is prepared and not committed, or numbers are not whole.
@@ -314,8 +326,10 @@ class KVCache:
         checkify.debug_check(
             jnp.all(known | (dst < 0) | (dst >= batch)), "fork: src={src} is out of range", src=src
         )
-        into = jnp.zeros(batch, jnp.int32).at[jnp.where(acts, dst, batch)].add(1, mode="drop")
-        checkify.debug_check(jnp.all(into <= 1), "fork: dst={dst} names a sequence twice", dst=dst)
+        earlier = jnp.tri(dst.size, k=-1, dtype=bool) & acts[None]
+        again = acts & jnp.any(earlier & (dst[:, None] == dst[None]), axis=1)
+        checkify.debug_check(~jnp.any(again), "fork: dst={dst} names a sequence twice", dst=dst)
+        acts &= ~again  # pages that two sources give to one sequence would be lost
         src = jnp.clip(src, 0, batch - 1)
         target = jnp.where(acts, dst, batch)  # out of range is dropped
         length = self.lengths[src]

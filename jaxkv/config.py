@@ -11,7 +11,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.experimental import checkify
 
-from jaxkv.arguments import check_whole
+from jaxkv.arguments import MOST_INT, check_whole, shown
 from jaxkv.fill import PageFill, TokenFill
 from jaxkv.spans import PageSpan
 from jaxkv.spec import EXACT, LayerSpec
@@ -25,7 +25,6 @@ from pallas_kernels.rule import PageLag, Rule
 from pallas_kernels.shapes import cdiv
 
 Layer = int | tuple[int, int | jax.Array] | jax.Array  # number, or (group, index in the group)
-MOST_PAGES = 2**31 - 1  # page ids are int32
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,12 +98,18 @@ class CacheConfig:
             check_whole("max_tokens", self.max_tokens, least=1)
         if self.pages is not None:
             check_whole("pages", self.pages, least=2)  # the null page and one more
-        if max(store.pages for store in self.stores) > MOST_PAGES:
+        if max(store.pages for store in self.stores) > MOST_INT:  # page ids are int32
             raise ValueError(
-                f"batch={self.batch}, max_tokens={self.max_tokens} need more than {MOST_PAGES} "
+                f"batch={self.batch}, max_tokens={self.max_tokens} need more than {MOST_INT} "
                 "pages in one pool: give pages, or fewer tokens."
             )
         return self
+
+    @property
+    def longest(self) -> int:
+        """Most tokens of a sequence: `max_tokens`, or what int32 positions and tables can hold."""
+        most = MOST_INT - self.max_new_tokens - self.page_size
+        return most if self.max_tokens is None else min(self.max_tokens, most)
 
     @property
     def step_pages(self) -> int:
@@ -265,6 +270,13 @@ class CacheConfig:
         before = sum(len(other.layers) for other in self.groups[:group])
         place = np.arange(len(self.layers), dtype=np.int32)
         return jnp.asarray(place == before + index).astype(jnp.int32)
+
+
+def check_config(config: object) -> None:
+    """Raises ValueError for what is no valid configuration."""
+    if not isinstance(config, CacheConfig):
+        raise ValueError(f"config must be a CacheConfig, not {shown(config)}.")
+    config.checked()
 
 
 def _as_int(value: Any) -> Any:

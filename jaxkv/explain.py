@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxkv.cache import KVCache
-from jaxkv.config import CacheConfig, LayerGroup
+from jaxkv.config import CacheConfig, LayerGroup, check_config
 from jaxkv.fill import TokenFill
 from jaxkv.plan import plan
 from jaxkv.store import Store
@@ -83,6 +83,7 @@ def explain(
       ValueError: the configuration is not valid.
       NotImplementedError: the named backend does not serve it.
     """
+    check_config(config)
     config = dataclasses.replace(config, platform=platform or config.platform).checked()
     platform = config.platform
     means = [jnp.zeros((spec.kv_heads, spec.head_dim)) for spec in config.layers]

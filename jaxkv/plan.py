@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxkv.cache import KVCache
-from jaxkv.config import CacheConfig
+from jaxkv.config import CacheConfig, check_config
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,7 +24,7 @@ def plan(config: CacheConfig) -> Plan:
     Raises:
       ValueError: the configuration is not valid.
     """
-    config.checked()
+    check_config(config)
     means = [jnp.zeros((spec.kv_heads, spec.head_dim)) for spec in config.layers]
     abstract = jax.eval_shape(lambda: KVCache.create(config, key_means=means))
     of_group = lambda group: _bytes([abstract.stores[number] for number in group.stores])

@@ -5,7 +5,7 @@ from typing import Literal
 
 from jax.typing import DTypeLike
 
-from jaxkv.arguments import check_whole, float_name
+from jaxkv.arguments import MOST_INT, check_whole, float_name, shown
 from pallas_kernels.codecs.codec import KVCodec
 from pallas_kernels.codecs.presets import get_codec
 
@@ -50,10 +50,15 @@ class LayerSpec:
         if self.window is not None:
             check_whole("window", self.window, least=1)
         check_whole("sink_tokens", self.sink_tokens, least=0)
+        if self.window is not None and self.window + self.sink_tokens > MOST_INT:
+            raise ValueError(
+                f"window={self.window} and sink_tokens={self.sink_tokens} must be below 2**31 "
+                "together."
+            )
         if not isinstance(self.codec, str | KVCodec):
-            raise ValueError(f"codec={self.codec!r} must be a codec's name or a KVCodec.")
+            raise ValueError(f"codec={shown(self.codec)} must be a codec's name or a KVCodec.")
         if self.sink_positions not in ("original", "cache"):
-            raise ValueError(f"sink_positions={self.sink_positions!r}: 'original' or 'cache'.")
+            raise ValueError(f"sink_positions={shown(self.sink_positions)}: 'original' or 'cache'.")
         if self.sink_positions == "cache" and self.window is None:
             raise ValueError("sink_positions='cache' needs a window, and window=None.")
         _ = self.kv_codec  # raises for an unknown name

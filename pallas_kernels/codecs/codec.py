@@ -164,6 +164,10 @@ class KVCodec:
     key_mean: Literal["static", "page"] | None = None
 
     def __post_init__(self):
+        for name in ("key", "value"):
+            part = getattr(self, name)
+            if not isinstance(part, TensorCodec):
+                raise ValueError(f"{name}={part!r} must be a TensorCodec, such as MinMax(4).")
         if self.key_mean not in (None, "static", "page"):
             raise ValueError(f"key_mean={self.key_mean!r} must be None, 'static' or 'page'.")
         if (self.key_mean is not None) != self.key.uses_mean:

@@ -230,8 +230,8 @@ def test_checked_mode_finds_what_depends_on_data():
 
     def one_twice(cache):
         cache = cache.prepare(ones)
-        for layer in (1, 1):
-            cache, _ = cache.attend(layer, *vectors())
+        for layer in (1, 1):  # traced, or it would show at once
+            cache, _ = cache.attend((0, ones[0] * layer), *vectors())
         return cache.commit(ones)
 
     assert "layer 0 was attended 0 times" in checked(one_twice, cache)
@@ -276,3 +276,99 @@ def test_tokens_for_key_means_are_ids():
     for tokens in ([1.0, 2.0], "text", [[1, 2]], [True, True], [1, -2]):
         with pytest.raises(ValueError, match="^tokens must be a flat sequence of token ids, not "):
             jaxkv.fit_key_means(None, tokens)  # type: ignore[arg-type]
+
+
+def some_layers(cache, *layers, accepted=(1, 1, 1)):
+    cache = cache.prepare([1, 1, 1])
+    for layer in layers:
+        cache, _ = cache.attend(layer, *vectors(1))
+    return cache.commit(accepted)
+
+
+@pytest.mark.parametrize("traced", [True, False])
+def test_layers_that_a_step_misses_or_repeats_show_where_it_is_traced(traced):
+    cache = KVCache.create(config(FULL, WINDOW, FULL))
+    run = jax.eval_shape if traced else lambda step: step()
+    says = "^commit keeps tokens that layers 1, 2 did not attend: call attend once for every layer"
+    with pytest.raises(ValueError, match=says):
+        run(lambda: some_layers(cache, 0))
+    with pytest.raises(ValueError, match="^layer 2 is attended twice in one step."):
+        run(lambda: some_layers(cache, 2, 0, 2))
+    with pytest.raises(ValueError, match="that layer 0 did not attend"):
+        run(lambda: some_layers(cache, 2, (1, 0), accepted=jnp.int32([0, 1, 0])))
+    run(lambda: some_layers(cache, 0, 1, 2))
+    run(lambda: some_layers(cache))  # a dry run of the allocator
+    run(lambda: some_layers(cache, 0, accepted=[0, 0, 0]))  # dropped
+
+
+def test_layers_are_not_counted_where_a_step_is_traced_in_parts():
+    cache = KVCache.create(config(FULL, WINDOW, FULL))
+    attend = lambda layer, cache: cache.attend(layer, *vectors(1))[0]
+
+    def step(cache):
+        cache = attend(2, cache.prepare([1, 1, 1]))
+        for layer in range(2):
+            cache = jax.jit(attend, static_argnums=0)(layer, cache)
+        return jax.lax.cond(
+            True, lambda c: c.commit(c.pending), lambda c: c.commit([1, 1, 1]), cache
+        )
+
+    assert jax.eval_shape(step, cache).lengths.shape == (3,)
+
+
+def test_of_forks_into_one_sequence_the_first_counts():
+    cache = attend_all(KVCache.create(config()).prepare([5, 7, 0])).commit([5, 7, 0])
+    forked = cache.fork([0, 1], [2, 2])
+    jaxkv.check(forked)
+    assert forked.lengths.tolist() == [5, 7, 5]
+    swapped = cache.fork([0, 0, 1], [1, 1, 0])
+    jaxkv.check(swapped)
+    assert swapped.lengths.tolist() == [7, 5, 0]
+
+
+@pytest.mark.parametrize("max_tokens", [None, 2**31 - 1])
+def test_positions_stay_within_int32(max_tokens):
+    cache = KVCache.create(config(WINDOW, max_tokens=max_tokens))
+    near = dataclasses.replace(cache, lengths=cache.lengths + cache.config.longest - 3)
+    prepared = near.prepare([4, 3, 0])
+    assert prepared.too_long.tolist() == [True, False, False]
+    assert (prepared.lengths + prepared.pending).tolist()[1] < 2**31
+
+
+def test_windows_and_sinks_together_stay_within_int32():
+    says = "^window=2147483647 and sink_tokens=1 must be below 2.*31 together.$"
+    with pytest.raises(ValueError, match=says):
+        dataclasses.replace(WINDOW, window=2**31 - 1, sink_tokens=1).checked()
+
+
+@pytest.mark.parametrize("operation", [KVCache.create, jaxkv.plan, jaxkv.explain])
+def test_what_is_no_configuration_is_named(operation):
+    with pytest.raises(ValueError, match="^config must be a CacheConfig, not 'gpt2'.$"):
+        operation("gpt2")
+
+
+@pytest.mark.parametrize("part", [None, jaxkv.codecs.Int8, "int8"])
+def test_parts_of_a_codec_are_codecs(part):
+    with pytest.raises(ValueError, match="^value=.* must be a TensorCodec, such as MinMax"):
+        jaxkv.codecs.KVCodec(name="own", key=jaxkv.codecs.Int8(), value=part)
+
+
+def test_lists_may_hold_traced_numbers():
+    cache = KVCache.create(config())
+    pending = jax.jit(lambda cache, n: cache.prepare([n, 1, 2]).pending)(cache, 3)
+    assert pending.tolist() == [3, 1, 2] and pending.dtype == jnp.int32
+
+
+def test_pools_have_no_gradient_either():
+    cache = KVCache.create(config(dataclasses.replace(FULL, codec="int8"))).prepare([8, 8, 8])
+
+    def loss(factors):
+        arrays = cache.stores[0].pages.arrays | factors
+        pages = dataclasses.replace(cache.stores[0].pages, arrays=arrays)
+        stores = (dataclasses.replace(cache.stores[0], pages=pages),)
+        return dataclasses.replace(cache, stores=stores).attend(0, *vectors())[1].sum()
+
+    arrays = cache.stores[0].pages.arrays
+    factors = {n: x for n, x in arrays.items() if jnp.issubdtype(x.dtype, jnp.floating)}
+    with pytest.raises(NotImplementedError, match="inference only: it has no gradient"):
+        jax.eval_shape(jax.grad(loss), factors)
