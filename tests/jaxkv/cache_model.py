@@ -154,6 +154,7 @@ class Model:
         return [room - len(ids) for room, ids in zip(self.capacity, used, strict=True)]
 
     def prepare(self, new_tokens):
+        self.commit([0] * len(self.pending))  # what was prepared and not committed is dropped
         left, blocked = self.free_pages(), False
         for b, new in enumerate(new_tokens):
             start = self.lengths[b]
