@@ -8,7 +8,7 @@ mode counts.
 from collections.abc import Sequence
 from typing import Any
 
-import jax
+import jax.core
 import numpy as np
 
 Seen = frozenset[int] | None  # numbers of the layers attended since prepare; None if unknown
