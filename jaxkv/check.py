@@ -12,7 +12,7 @@ from jaxkv.allocator import NULL_PAGE
 from jaxkv.arguments import shown
 from jaxkv.cache import KVCache
 from jaxkv.config import CacheConfig
-from jaxkv.page_tables import entries
+from jaxkv.spans import PageSpan
 from jaxkv.store import Store
 
 MOST_NAMED = 8  # broken things that a message names
@@ -153,8 +153,7 @@ def _pages_of(
 ) -> list[dict[int, int]]:
     """The logical pages that each sequence has, with the place of each in `_table_rows`."""
     span, width = store.spec.span, store.spec.width
-    first = np.asarray(span.first_page(jnp.asarray(lengths)))
-    stop = np.asarray(span.stop_page(jnp.asarray(lengths + pending)))
+    first, stop = jax.device_get(_run_of_pages(span, lengths, lengths + pending))
     out = []
     for b in range(len(lengths)):
         run = range(max(int(first[b]), span.sink_pages), int(stop[b]))
@@ -163,9 +162,17 @@ def _pages_of(
     return out
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _run_of_pages(
+    span: PageSpan, lengths: jax.Array, stops: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    return span.first_page(lengths), span.stop_page(stops)
+
+
 def _table_rows(store: Store) -> np.ndarray:
     """The page ids of each sequence's ring and, behind them, of its sink pages."""
-    return np.asarray(entries(store.tables))
+    tables = [np.asarray(table) for table in jax.tree.leaves(store.tables)]
+    return np.concatenate(tables, axis=1)
 
 
 def _wrong_tables(store: Store, lengths: np.ndarray, pending: np.ndarray) -> Iterator[str]:

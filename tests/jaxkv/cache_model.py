@@ -14,7 +14,6 @@ import numpy as np
 import jaxkv
 from jaxkv import CacheConfig, KVCache, LayerSpec
 from jaxkv.codecs import dequantize_original
-from jaxkv.page_tables import entries
 
 PAGE, BATCH, STEP = 4, 4, 3 * 4  # a step adds up to three pages
 MAX_TOKENS = 46  # no multiple of the page
@@ -233,7 +232,7 @@ def check(cache: KVCache, model: Model):
 
 def check_pool(store):
     pool, spec = store.pool, store.spec
-    named = np.asarray(entries(store.tables)).ravel()
+    named = np.concatenate([table.ravel() for table in jax.tree.leaves(store.tables)])
     occurrences = np.bincount(named[named > 0], minlength=spec.pages)
     np.testing.assert_array_equal(pool.references, occurrences)
     free_stack = set(pool.free_stack[: pool.free_pages].tolist())
@@ -256,8 +255,9 @@ def number_of(store, b, logical):
 def check_tables(keeps, store, tables, model):
     spec = keeps.spec
     physical = {}  # of each model page: shared iff shared there
+    rows = np.concatenate(jax.tree.leaves(store.tables), axis=1)
     for b, pages in enumerate(tables):
-        held = np.asarray(entries(store.tables))[b]
+        held = rows[b]
         named = held[held != 0].tolist()
         assert len(set(named)) == len(named), "a page stands twice in a sequence's tables"
         assert len(named) == len(pages)
