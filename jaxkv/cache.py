@@ -10,6 +10,7 @@ it is not used, and by `jaxkv.check(cache)` on the host.
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -66,19 +67,7 @@ class KVCache:
         if not isinstance(config, CacheConfig):
             raise ValueError(f"config must be a CacheConfig, not {shown(config)}.")
         config.checked()
-        # No array is used twice: JAX refuses to donate a state that holds the same buffer twice.
-        return cls(
-            stores=tuple(
-                create_store(store, config.batch, mean)
-                for store, mean in zip(config.stores, static_means(config, key_means), strict=True)
-            ),
-            lengths=jnp.zeros(config.batch, jnp.int32),
-            pending=jnp.zeros(config.batch, jnp.int32),
-            starved=jnp.zeros(config.batch, bool),
-            too_long=jnp.zeros(config.batch, bool),
-            attended=jnp.zeros(len(config.layers), jnp.int32),
-            config=config,
-        )
+        return _create(tuple(static_means(config, key_means)), config=config)
 
     def positions(self, tokens: int) -> jax.Array:
         """Positions of the next `tokens` tokens, `i32[batch, tokens]`."""
@@ -363,3 +352,23 @@ class KVCache:
     def bytes_reserved(self) -> int:
         """Bytes of every array of the cache."""
         return sum(x.nbytes for x in jax.tree.leaves(self))
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _create(means: tuple[jax.Array | None, ...], *, config: CacheConfig) -> KVCache:
+    """An empty cache, by one program: made one by one, each shape of array would compile its own.
+
+    No array is used twice: JAX refuses to donate a state that holds the same buffer twice.
+    """
+    return KVCache(
+        stores=tuple(
+            create_store(store, config.batch, mean)
+            for store, mean in zip(config.stores, means, strict=True)
+        ),
+        lengths=jnp.zeros(config.batch, jnp.int32),
+        pending=jnp.zeros(config.batch, jnp.int32),
+        starved=jnp.zeros(config.batch, bool),
+        too_long=jnp.zeros(config.batch, bool),
+        attended=jnp.zeros(len(config.layers), jnp.int32),
+        config=config,
+    )
