@@ -72,19 +72,7 @@ class KVCache:
           ValueError: the configuration is not valid, or key means are missing or misshapen.
         """
         check_config(config)
-        # No array is used twice: JAX refuses to donate a state that holds the same buffer twice.
-        return cls(
-            stores=tuple(
-                create_store(store, config.batch, mean)
-                for store, mean in zip(config.stores, static_means(config, key_means), strict=True)
-            ),
-            lengths=jnp.zeros(config.batch, jnp.int32),
-            pending=jnp.zeros(config.batch, jnp.int32),
-            starved=jnp.zeros(config.batch, bool),
-            too_long=jnp.zeros(config.batch, bool),
-            attended=jnp.zeros(len(config.layers), jnp.int32),
-            config=config,
-        )
+        return _create(tuple(static_means(config, key_means)), config=config)
 
     def positions(self, tokens: int) -> jax.Array:
         """Positions of the next `tokens` tokens, `i32[batch, tokens]`."""
@@ -377,3 +365,23 @@ class KVCache:
     def bytes_reserved(self) -> int:
         """Bytes of every array of the cache."""
         return sum(x.nbytes for x in jax.tree.leaves(self))
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _create(means: tuple[jax.Array | None, ...], *, config: CacheConfig) -> KVCache:
+    """An empty cache, by one program: made one by one, each shape of array would compile its own.
+
+    No array is used twice: JAX refuses to donate a state that holds the same buffer twice.
+    """
+    return KVCache(
+        stores=tuple(
+            create_store(store, config.batch, mean)
+            for store, mean in zip(config.stores, means, strict=True)
+        ),
+        lengths=jnp.zeros(config.batch, jnp.int32),
+        pending=jnp.zeros(config.batch, jnp.int32),
+        starved=jnp.zeros(config.batch, bool),
+        too_long=jnp.zeros(config.batch, bool),
+        attended=jnp.zeros(len(config.layers), jnp.int32),
+        config=config,
+    )

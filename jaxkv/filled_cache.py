@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from jaxkv.cache import KVCache
+from jaxkv.config import CacheConfig
 from jaxkv.grow import grow
 from jaxkv.keep import Keep
 from jaxkv.model import Model
@@ -54,16 +55,19 @@ class FilledCache:
         if model.layer_specs(self.keep) != self.kv.config.layers:
             raise ValueError("cache belongs to a model with other layers.")
 
-    def make_room(self, totals: Sequence[int]) -> KVCache:
-        """The cache, grown if sequences of up to `totals` tokens don't fit."""
+    def config_for(self, totals: Sequence[int]) -> CacheConfig:
+        """The cache's configuration, larger if sequences of up to `totals` tokens don't fit."""
         config = self.kv.config
         assert config.max_tokens is not None
         pages = config.pages
         if self.sizes.pages is None and pages is not None:
             pages = max(pages, pool_pages(totals, config.page_size))
         tokens = max(config.max_tokens, table_tokens(totals))
-        larger = dataclasses.replace(config, max_tokens=tokens, pages=pages)
-        return self.kv if larger == config else grow(self.kv, larger)
+        return dataclasses.replace(config, max_tokens=tokens, pages=pages)
+
+    def make_room(self, config: CacheConfig) -> KVCache:
+        """The cache, grown if `config`, made by `config_for`, is larger than its own."""
+        return self.kv if config == self.kv.config else grow(self.kv, config)
 
 
 def restart(cache: KVCache, rows: Sequence[bool]) -> KVCache:

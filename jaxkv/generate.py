@@ -10,11 +10,13 @@ from collections.abc import Sequence
 import jax
 
 from jaxkv.cache import KVCache
+from jaxkv.config import CacheConfig
 from jaxkv.filled_cache import FilledCache, restart
 from jaxkv.generation import Generation
 from jaxkv.keep import Keep
 from jaxkv.model import Model
-from jaxkv.request import read_requests
+from jaxkv.prompts_fit import prompts_fit
+from jaxkv.request import Request, read_requests
 from jaxkv.sampling import Sampling
 from jaxkv.sizes import Sizes, cache_config
 from jaxkv.stop_text import StopText
@@ -85,20 +87,17 @@ def stream(
         stop_ids=stop_ids,
         stop_text=None if stop_text is None else stop_text.checked(),
     )
-    totals = [len(request.prompt) + request.max_tokens for request in requests]
     if cache is None:
-        config = cache_config(model, used_keep, used_sizes, totals)
+        config = cache_config(model, used_keep, used_sizes, _totals(requests))
         cached = [0] * len(requests)
+        _check_room(config, requests, cached)
         kv = KVCache.create(config, key_means=key_means)
     else:
         if key_means is not None:
             raise ValueError("key_means must be left out with a cache, which has its own.")
         cache.check(model, len(requests), keep, sizes)
         cached = cache.cached_tokens([request.prompt for request in requests])
-        fresh = [
-            count == 0 and len(held) > 0 for count, held in zip(cached, cache.tokens, strict=True)
-        ]
-        kv = restart(cache.make_room(totals), fresh)
+        kv = _continued(cache, requests, cached)
     return Stream(
         model,
         requests,
@@ -146,3 +145,23 @@ def generate(
     for _ in tokens:
         pass
     return tokens.result
+
+
+def _totals(requests: Sequence[Request]) -> list[int]:
+    """Most tokens of each sequence, prompt and answer together."""
+    return [len(request.prompt) + request.max_tokens for request in requests]
+
+
+def _check_room(config: CacheConfig, requests: Sequence[Request], cached: Sequence[int]) -> None:
+    """Raises ValueError if the prompts can't be read with the pages there are."""
+    reason = prompts_fit(config, [len(request.prompt) for request in requests], cached=cached)
+    if reason is not None:
+        raise ValueError(reason)
+
+
+def _continued(cache: FilledCache, requests: Sequence[Request], cached: Sequence[int]) -> KVCache:
+    """The cache with room for the requests, and without sequences that they do not continue."""
+    config = cache.config_for(_totals(requests))
+    _check_room(config, requests, cached)
+    fresh = [count == 0 and len(held) > 0 for count, held in zip(cached, cache.tokens, strict=True)]
+    return restart(cache.make_room(config), fresh)

@@ -3,15 +3,15 @@
 Logical page `g` holds entries from `g * page_size` on. At a given length, a store holds the pages
 `first_page <= g < stop_page`, and sink pages. Preparing a step reserves pages for the length that
 the step may reach; committing it releases pages outside the span of the length that it did reach.
+Lengths may be NumPy arrays, too: then the host computes.
 """
 
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 
 from pallas_kernels.rule import Rule
-from pallas_kernels.shapes import cdiv
+from pallas_kernels.shapes import cdiv, larger, smaller
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,20 +37,20 @@ class PageSpan:
 
     def first_page(self, lengths: jax.Array) -> jax.Array:
         """Oldest page of the run that a query at position `lengths` or later reads here."""
-        first = jnp.full_like(lengths, self.first)
+        first = self.first + 0 * lengths
         seen = self.rule.first_page(lengths, self.page_size)
-        return first if seen is None else jnp.maximum(first, seen)
+        return first if seen is None else larger(first, seen)
 
     def stop_page(self, lengths: jax.Array) -> jax.Array:
         """One past the newest page of this store once `lengths` tokens are committed."""
         if self.complete:
             lag = self.rule.lag
             stop = lengths // self.page_size if lag is None else lag.stop_page(lengths)
-            return jnp.maximum(stop, self.first)
+            return larger(stop, self.first)
         begun = cdiv(lengths, self.page_size)
         if self.sinks_only:
-            return jnp.minimum(begun, self.sink_pages)
-        return begun if self.sink_pages else jnp.maximum(begun, self.first)
+            return smaller(begun, self.sink_pages)
+        return begun if self.sink_pages else larger(begun, self.first)
 
     def takes_tokens(self, logical: jax.Array) -> jax.Array:
         """Whether new tokens of page `logical` are written to this store, `bool[...]`."""

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from models.abstract_decoder import abstract_decoder
 from models.config import DecoderConfig
 from models.decoder import Decoder
 from models.families.architectures import architecture_config
@@ -92,8 +93,7 @@ def draw_decoder(config: DecoderConfig, *, dtype: str, scan: bool) -> Decoder:
     Each shape of array gets a small program of its own: one program for the whole model would
     take minutes to compile.
     """
-    abstract = nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(0), scan=scan, dtype=dtype))
-    graph, state = nnx.split(abstract)
+    graph, state = nnx.split(abstract_decoder(config, scan=scan, dtype=dtype))
 
     @functools.partial(jax.jit, static_argnames=("shape", "dtype"))
     def draw(seed, shape, dtype):

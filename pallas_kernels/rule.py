@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.checks import check_types, whole_number
-from pallas_kernels.shapes import cdiv
+from pallas_kernels.shapes import cdiv, larger
 
 
 class PageLag(NamedTuple):
@@ -174,10 +174,10 @@ class Rule:
         """
         first = None
         if self.window is not None:  # no later query sees an entry that has left the window
-            first = jnp.maximum(self.window_start(q_position), 0) // page_size
+            first = larger(self.window_start(q_position), 0) // page_size
         if self.lag is not None and self.lag.most is not None:
             near = self.lag.first_page(q_position)
-            first = near if first is None else jnp.maximum(first, near)
+            first = near if first is None else larger(first, near)
         return first
 
     def most_pages(self, q_tokens: int, page_size: int) -> int | None:

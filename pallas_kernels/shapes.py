@@ -1,8 +1,10 @@
-"""Checks the axes of several arrays against one table of names; also, division that rounds up."""
+"""Checks the axes of several arrays against one table of names; arithmetic of sizes."""
 
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 # An operand of a kernel: an array for the caller, a ref inside the kernel, and a
 # ShapeDtypeStruct where an output is declared.
@@ -36,3 +38,13 @@ def bind_dims(**arrays: tuple[jax.Array | None, str]) -> dict[str, int]:
 def cdiv(a, b):
     """Smallest integer that is at least `a / b`, of ints or integer arrays, also negative ones."""
     return -(-a // b)
+
+
+def larger(x, y):
+    """Elementwise maximum, by NumPy where `x` is its array, on the host, and else by JAX."""
+    return np.maximum(x, y) if isinstance(x, np.ndarray) else jnp.maximum(x, y)
+
+
+def smaller(x, y):
+    """Elementwise minimum, by NumPy where `x` is its array, on the host, and else by JAX."""
+    return np.minimum(x, y) if isinstance(x, np.ndarray) else jnp.minimum(x, y)

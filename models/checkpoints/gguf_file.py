@@ -13,6 +13,7 @@ import ml_dtypes
 import numpy as np
 
 from models.checkpoints.checkpoint import Checkpoint, LazyTensor
+from models.checkpoints.dequantize import dequantize
 from models.checkpoints.gguf_config import ROPE_FACTORS, read_gguf_config
 from models.checkpoints.gguf_header import TensorEntry, read_gguf_header
 from models.checkpoints.gguf_names import WRITINGS
@@ -111,7 +112,6 @@ def _lazy_tensor(
       heads: number of heads whose rows the converter has reordered; None if it has not.
       offset: what the converter has added to the values.
     """
-    gguf = import_extra("gguf")
     kind, row, row_bytes = _row_of(path, entry)
     end = entry.offset + math.prod(entry.shape) // row * row_bytes
     if end > len(data):
@@ -130,10 +130,8 @@ def _lazy_tensor(
         if kind.name in direct:
             values = raw.view(direct[kind.name]).reshape(entry.shape)
         else:
-            blocks = raw.reshape(*entry.shape[:-1], row_bytes)
             try:
-                with np.errstate(all="ignore"):  # a damaged scale gives NaN
-                    values = gguf.quants.dequantize(blocks, kind)
+                values = dequantize(raw, kind).reshape(entry.shape)
             except NotImplementedError as error:
                 raise CheckpointError(
                     f"{path}: {entry.name}: the gguf package can't dequantize {kind.name}."

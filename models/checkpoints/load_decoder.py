@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from models.abstract_decoder import abstract_decoder
 from models.checkpoints.checkpoint import Checkpoint
 from models.checkpoints.recipe import Recipe
 from models.checkpoints.tensor_names import (
@@ -50,7 +51,7 @@ def load_decoder(
         config = as_stored(config, checkpoint, naming)
         recipes = recipe_table(config, naming)
         check_names(checkpoint, recipes, config.layers)
-    model = nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(0), scan=scan, dtype=dtype))
+    model = abstract_decoder(config, scan=scan, dtype=dtype)
     graph, state = nnx.split(model)
     _check_memory(checkpoint, state)
     read = _Reader(checkpoint, [name for name, _ in tensor_names(recipes, config.layers)], progress)
@@ -128,11 +129,19 @@ def _fill(
     out = jnp.zeros(abstract.shape, abstract.dtype) if stacked else None
     for place, layer in enumerate(layers):
         value = read.build(recipe, layer, abstract.dtype)
-        out = jnp.array(value) if out is None else _put(out, value, np.int32(place))
+        out = _to_device(value) if out is None else _put(out, value, np.int32(place))
         out.block_until_ready()  # otherwise host copies of many layers queue up for the device
         read.release(recipe, layer)
     assert out is not None
     return out
+
+
+def _to_device(value: np.ndarray) -> jax.Array:
+    """The values on the device, which on a CPU may be the array itself.
+
+    Views of a mapped file, which are read-only, are copied: its memory is given back.
+    """
+    return jnp.asarray(value if value.flags.writeable else value.copy())
 
 
 @functools.partial(jax.jit, donate_argnums=0)

@@ -12,6 +12,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 import models
+from models.abstract_decoder import abstract_decoder
 from models.checkpoints.checkpoint import Checkpoint, LazyTensor
 from models.checkpoints.load_decoder import load_decoder
 from models.checkpoints.open import open_checkpoint
@@ -90,7 +91,7 @@ def test_tables_are_the_published_names_and_shapes(name):
 @pytest.mark.parametrize("scan", [True, False])
 def test_real_sizes_without_weights(name, parameters, file_bytes, scan):
     config = architecture_config(published(name)[0])
-    model = nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(0), scan=scan, dtype="bfloat16"))
+    model = abstract_decoder(config, scan=scan, dtype="bfloat16")
     arrays = [x for x in jax.tree.leaves(nnx.state(model))]
     packed = [x for x in arrays if x.dtype == np.uint8]
     blocks = sum(x.size for x in packed if x.shape[-1] == 16)
@@ -98,6 +99,17 @@ def test_real_sizes_without_weights(name, parameters, file_bytes, scan):
     assert found == parameters
     if file_bytes is not None:
         assert sum(x.size * x.dtype.itemsize for x in arrays) == file_bytes
+
+
+@pytest.mark.parametrize("scan", [True, False])
+@pytest.mark.parametrize("make", [gemma_config, gpt_oss_config])
+def test_abstract_decoders_have_the_shapes_of_real_ones(make, scan):
+    config = architecture_config(make("gemma3_text") if make is gemma_config else make())
+    real = Decoder(config, nnx.Rngs(0), scan=scan, dtype="bfloat16")
+    abstract = abstract_decoder(config, scan=scan, dtype="bfloat16")
+    assert jax.tree.structure(real) == jax.tree.structure(abstract)
+    shapes = lambda tree: [(x.shape, x.dtype) for x in jax.tree.leaves(tree)]
+    assert shapes(real) == shapes(abstract)
 
 
 def test_windows_and_ropes_of_the_real_models():
