@@ -44,10 +44,10 @@ def refusal(coded: Pages) -> str | None:
     if not isinstance(layout, TokenMajor):
         return f"{type(layout).__name__}: the GPU kernel writes TokenMajor pages"
     for tensor in (layout.codec.key, layout.codec.value):
-        if type(tensor) not in QUANTIZERS:
-            return f"{type(tensor).__name__}: the GPU kernel knows {', '.join(KNOWN)}"
         if jnp.issubdtype(tensor.codes_dtype, jnp.floating):
             return f"{layout.codec.name}: the GPU kernel writes integer codes"
+        if type(tensor) not in QUANTIZERS:
+            return f"{type(tensor).__name__}: the GPU kernel knows {', '.join(KNOWN)}"
     for name, array in coded.arrays.items():
         if not name.startswith("factors") and array.dtype not in (jnp.uint16, jnp.uint32):
             return f"{layout.codec.name}: the GPU kernel writes codes that are packed into words"

@@ -52,7 +52,7 @@ TOKENIZERS = {
 @pytest.mark.parametrize("tokenizer", TOKENIZERS.values(), ids=TOKENIZERS)
 @pytest.mark.parametrize("name", TASKS)
 def test_instances_have_their_length_and_end_with_the_answer(name, tokenizer):
-    length = 2600 if tokenizer.source == "bytes" else 400
+    length = 2600 if tokenizer.source == "bytes" else 450
     source = make_task(name, tokenizer, length, 3)
     assert source.kind == "task" and source.length == length and len(source.documents) == 3
     assert len({document.tokens.tobytes() for document in source.documents}) == 3
