@@ -8,8 +8,11 @@ from pallas_kernels.codecs.codec import (
     Quantized,
     TensorCodec,
     dequantize_original,
+    finite_input,
     page_mean,
 )
+from pallas_kernels.codecs.contract import check_codec
+from pallas_kernels.codecs.factors import load_factor, store_factor
 from pallas_kernels.codecs.presets import codec_names, get_codec, recipe
 from pallas_kernels.codecs.turboquant import TurboQuant
 from pallas_kernels.layouts.choose import default_layout
@@ -32,12 +35,16 @@ __all__ = [
     "TokensLast",
     "TokensOnLanes",
     "TurboQuant",
+    "check_codec",
     "codec_names",
     "default_layout",
     "dequantize_original",
+    "finite_input",
     "gaussian_mse",
     "get_codebook",
     "get_codec",
+    "load_factor",
     "page_mean",
     "recipe",
+    "store_factor",
 ]

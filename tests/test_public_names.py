@@ -15,8 +15,9 @@ NAMES = {
     ),
     "jaxkv.codecs": (
         "Codebook Exact Float8 Int8 KVCodec MinMax PageLayout Quantized TensorCodec TokenMajor "
-        "TokensLast TokensOnLanes TurboQuant codec_names default_layout dequantize_original "
-        "gaussian_mse get_codebook get_codec page_mean recipe"
+        "TokensLast TokensOnLanes TurboQuant check_codec codec_names default_layout "
+        "dequantize_original finite_input gaussian_mse get_codebook get_codec load_factor "
+        "page_mean recipe store_factor"
     ),
     "pallas_kernels": (
         "PageLag Pages Part Queries Rule Segment add_learned_sink decode_attention empty_pages "

@@ -15,10 +15,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.codecs.factors import FLOAT16_MAX, load_factor, round_to_float16
+from pallas_kernels.codecs.factors import (
+    FACTOR_DTYPES,
+    FLOAT16_MAX,
+    load_factor,
+    round_to_float16,
+)
 
 INPUT_MAX = 1e30  # larger magnitudes are clipped: differences of two stay far from overflow
 SMALLEST = 1e-30  # a vector below it in every channel counts as zero: its factor would round to 0
+PACKED_BITS = (2, 3, 4)  # widths of codes that share bytes
 EXACT_DTYPES = ("bfloat16", "float16", "float32")
 _MEAN_DTYPE = jnp.dtype("float16")
 
@@ -35,7 +41,9 @@ class TensorCodec:
     """Base of the codecs of one tensor: static, hashable, never traced.
 
     A vector reads as `scale * code_values(codes) + zero`, so attention may work on `code_values`
-    and fold scale and zero into its scores and probabilities.
+    and fold scale and zero into its scores and probabilities. A codec of one's own defines `bits`,
+    `factor_dtypes` and `quantize`, and `code_values` where a code is not its own level;
+    `check_codec` tries all that is asked of it.
     """
 
     # Whether codes describe rotated vectors; then queries are rotated and outputs rotated back.
@@ -85,7 +93,10 @@ class TensorCodec:
         raise NotImplementedError
 
     def code_values(self, codes: jax.Array) -> jax.Array:
-        """Levels of the codes, before scale and zero are applied: `f32[..., head_dim]`."""
+        """Levels of the codes, before scale and zero are applied: `f32`, shaped like `codes`.
+
+        Code by code: attention calls it with the axes in any order.
+        """
         return codes.astype(jnp.float32)
 
     def factor_values(self, factors: tuple[jax.Array, ...]) -> tuple[jax.Array | None, ...]:
@@ -165,9 +176,7 @@ class KVCodec:
 
     def __post_init__(self):
         for name in ("key", "value"):
-            part = getattr(self, name)
-            if not isinstance(part, TensorCodec):
-                raise ValueError(f"{name}={part!r} must be a TensorCodec, such as MinMax(4).")
+            check_tensor(name, getattr(self, name))
         if self.key_mean not in (None, "static", "page"):
             raise ValueError(f"key_mean={self.key_mean!r} must be None, 'static' or 'page'.")
         if (self.key_mean is not None) != self.key.uses_mean:
@@ -214,6 +223,37 @@ class KVCodec:
     def bits_per_value(self, head_dim: int, page_size: int) -> float:
         """Stored bits per cached number, averaged over keys and values, exact tokens left out."""
         return self.page_bytes(head_dim, page_size) * 8 / (2 * head_dim * page_size)
+
+
+def check_tensor(name: str, codec: TensorCodec) -> None:
+    """Raises ValueError unless pages can hold what the codec says that it makes.
+
+    Args:
+      name: of the codec, for the message.
+      codec: of keys or of values.
+    """
+    if not isinstance(codec, TensorCodec):
+        raise ValueError(f"{name}={codec!r} must be a TensorCodec, such as MinMax(4).")
+    kind = type(codec).__name__
+    try:
+        hash(codec)
+    except TypeError as error:
+        raise ValueError(
+            f"{name} {kind} must be hashable, as a frozen dataclass is: {error}."
+        ) from None
+    bits, dtype, factors = codec.bits, jnp.dtype(codec.codes_dtype), codec.factor_dtypes
+    if not (bits == 8 * dtype.itemsize or (bits in PACKED_BITS and dtype == jnp.uint8)):
+        raise ValueError(
+            f"{name} {kind}: bits={bits!r} must be one of {PACKED_BITS} with codes_dtype uint8, or "
+            f"the width of codes_dtype, {8 * dtype.itemsize}."
+        )
+    stored = tuple(map(jnp.dtype, factors))
+    if len(stored) > 2 or len(set(stored)) > 1 or not set(stored) <= set(FACTOR_DTYPES.values()):
+        names = ", ".join(map(str, stored))
+        raise ValueError(
+            f"{name} {kind}: factor_dtypes=({names}) must be at most a scale and a zero, both "
+            "float16 or both uint8."
+        )
 
 
 def page_mean(x: jax.Array, axis: int, valid: jax.Array | None = None) -> jax.Array:

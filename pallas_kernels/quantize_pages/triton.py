@@ -13,6 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.backends import interpreted
+from pallas_kernels.codecs.affine import Int8, MinMax
 from pallas_kernels.codecs.codec import KVCodec, TensorCodec
 from pallas_kernels.codecs.turboquant import TurboQuant
 from pallas_kernels.layouts.token_major import TokenMajor
@@ -27,6 +28,10 @@ WARPS = 8
 PROGRAMS = 2048
 PAGE_SIZES = (16, 32, 64, 128)
 HEAD_DIMS = (64, 128, 256)
+# Codecs whose `quantize` is written for this kernel. Another one, a subclass too, may use what
+# Triton does not have.
+QUANTIZERS = (MinMax, Int8, TurboQuant)
+KNOWN = tuple(kind.__name__ for kind in QUANTIZERS)
 
 
 def refusal(coded: Pages) -> str | None:
@@ -41,6 +46,8 @@ def refusal(coded: Pages) -> str | None:
     for tensor in (layout.codec.key, layout.codec.value):
         if jnp.issubdtype(tensor.codes_dtype, jnp.floating):
             return f"{layout.codec.name}: the GPU kernel writes integer codes"
+        if type(tensor) not in QUANTIZERS:
+            return f"{type(tensor).__name__}: the GPU kernel knows {', '.join(KNOWN)}"
     for name, array in coded.arrays.items():
         if not name.startswith("factors") and array.dtype not in (jnp.uint16, jnp.uint32):
             return f"{layout.codec.name}: the GPU kernel writes codes that are packed into words"

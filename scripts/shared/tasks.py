@@ -46,8 +46,13 @@ def pairs(rng: random.Random, words: Callable[[Sequence[str]], list[str]]) -> Qu
     return Question(rng.sample(facts, PAIRS), tail, answers)
 
 
-CHAINS, CHAINS_SHOWN = 4, 2
-LINKS = ("The owner of the {} is {}.", "The city of {} is {}.", "The secret word of {} is {}.")
+CHAINS, CHAINS_SHOWN = 4, 3
+LINKS = (
+    "The secret owner of the {} is {}.",
+    "The secret city of {} is {}.",
+    "The secret word of {} is {}.",
+)
+SAID = 3  # how often each link is said: small models find one of several
 
 
 def hops(rng: random.Random, words: Callable[[Sequence[str]], list[str]]) -> Question:
@@ -65,7 +70,7 @@ def hops(rng: random.Random, words: Callable[[Sequence[str]], list[str]]) -> Que
     answers = [
         (column[0], column, after) for column, after in zip(columns[1:], between, strict=True)
     ]
-    facts = [fact for facts in said for fact in facts]
+    facts = [fact for facts in said for fact in facts] * SAID
     return Question(rng.sample(facts, len(facts)), f"\n{shown}\n{asked[0]}", answers)
 
 

@@ -70,6 +70,21 @@ def make_levels(codec: TensorCodec, lookup: bool = True) -> Levels:
     return Levels(codebook.bits, tuple(map(float, solved)), step, table=table)
 
 
+def check_known(codec: TensorCodec) -> None:
+    """Raises NotImplementedError unless the kernel computes what `codec` does when it is read.
+
+    It knows codes that are their own levels, TurboQuant's codebooks, and factors as they are
+    stored; it never calls the codec's own methods.
+    """
+    kind, known = type(codec), (TensorCodec, TurboQuant)
+    for name in ("code_values", "factor_values"):
+        if getattr(kind, name) not in [getattr(base, name) for base in known]:
+            raise NotImplementedError(
+                f"{kind.__name__}.{name}: the GPU kernel reads codes that are their own levels, "
+                "TurboQuant's codebooks, and factors as they are stored."
+            )
+
+
 def _cubic_levels(codebook: Codebook, lookup: bool) -> Levels:
     """Levels `b step^-3 (t^3 + c t)`: the leading factor becomes the gain, to save a product."""
     bits, (a, b) = codebook.bits, codebook.polynomial

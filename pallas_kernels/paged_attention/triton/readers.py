@@ -18,7 +18,12 @@ from jax.experimental import pallas as pl
 from pallas_kernels.codecs.codec import TensorCodec
 from pallas_kernels.device import converts_float8
 from pallas_kernels.paged_attention.triton.address import Address, along
-from pallas_kernels.paged_attention.triton.levels import Levels, level_values, make_levels
+from pallas_kernels.paged_attention.triton.levels import (
+    Levels,
+    check_known,
+    level_values,
+    make_levels,
+)
 from pallas_kernels.paged_attention.triton.ptx import (
     INDEX_TEXT,
     align_text,
@@ -323,8 +328,9 @@ def coded_reader(side: str, codec: TensorCodec, head_dim: int, arrays: dict) -> 
     """Reader of one side of `TokenMajor` pages.
 
     Raises:
-      NotImplementedError: words of 8 bits.
+      NotImplementedError: words of 8 bits, or a codec that the kernel does not know.
     """
+    check_known(codec)
     codes = arrays[f"{side}_codes"]
     if codec.bits not in (2, 3, 4):
         exact = codes.dtype in (jnp.bfloat16, jnp.float16, jnp.float32)

@@ -52,7 +52,7 @@ TOKENIZERS = {
 @pytest.mark.parametrize("tokenizer", TOKENIZERS.values(), ids=TOKENIZERS)
 @pytest.mark.parametrize("name", TASKS)
 def test_instances_have_their_length_and_end_with_the_answer(name, tokenizer):
-    length = 2000 if tokenizer.source == "bytes" else 400
+    length = 2600 if tokenizer.source == "bytes" else 450
     source = make_task(name, tokenizer, length, 3)
     assert source.kind == "task" and source.length == length and len(source.documents) == 3
     assert len({document.tokens.tobytes() for document in source.documents}) == 3
@@ -81,7 +81,7 @@ def test_the_same_instances_every_time():
 def test_answers_of_chains_follow_from_the_facts():
     """Read back from the text: each link that is asked for is said before the question."""
     tokenizer = TOKENIZERS["bytes"]
-    for document in make_task("hops", tokenizer, 2000, 4).documents:
+    for document in make_task("hops", tokenizer, 2600, 4).documents:
         facts, _, asked = tokenizer.decode(document.tokens).rpartition("\n")
         links = asked.split(". ")
         assert len(links) == len(document.rows)
