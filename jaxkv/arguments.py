@@ -7,37 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-MOST_INT = 2**31 - 1  # counts, positions and token ids are int32
-
-
-def check_whole(name: str, value: object, *, least: int) -> int:
-    """The value as an int; ValueError unless it is a whole number from `least` to 2**31 - 1."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise ValueError(f"{name}={shown(value)} must be a whole number, at least {least}.")
-    if value < least:
-        raise ValueError(f"{name}={value} must be at least {least}.")
-    if value > MOST_INT:
-        raise ValueError(f"{name}={shown(value)} must be below 2**31.")
-    return int(value)
-
-
-def check_floats(**arrays: object) -> None:
-    """ValueError unless each is an array of real floats; None, for one left out, passes."""
-    for name, value in arrays.items():
-        if value is None:
-            continue
-        if not isinstance(value, jax.Array | np.ndarray):
-            raise ValueError(f"{name} must be an array, not {shown(value)}.")
-        if not jnp.issubdtype(value.dtype, jnp.floating):
-            raise ValueError(f"{name}.dtype={value.dtype} must be a float type.")
-
-
-def shown(value: object) -> str:
-    """A value in a message: arrays by dtype and shape, others shortened to a few words."""
-    if isinstance(value, jax.Array | np.ndarray):
-        return _kind(value)
-    text = repr(value).replace("\n", " ")
-    return text if len(text) <= 60 else f"{text[:57]}..."
+from pallas_kernels.checks import MOST_INT, shown
 
 
 def float_name(name: str, value: Any) -> str:
@@ -63,7 +33,7 @@ def counts(name: str, value: Any, batch: int) -> jax.Array:
     array = _array(name, value)
     if array.shape != (batch,) or not jnp.issubdtype(array.dtype, jnp.integer):
         raise ValueError(
-            f"{name} must be whole numbers, one per sequence, i32[{batch}]: {_is(array)}"
+            f"{name} must be whole numbers, one per sequence, i32[{batch}]: it is {shown(array)}."
         )
     return _as_i32(array)
 
@@ -73,7 +43,7 @@ def mask(name: str, value: Any, batch: int) -> jax.Array:
     array = _array(name, value)
     if array.shape != (batch,) or array.dtype != np.bool_:
         raise ValueError(
-            f"{name} must be true or false for each sequence, bool[{batch}]: {_is(array)}"
+            f"{name} must be true or false for each sequence, bool[{batch}]: it is {shown(array)}."
         )
     return jnp.asarray(array)
 
@@ -84,7 +54,7 @@ def sequence_numbers(name: str, value: Any) -> jax.Array:
     array = array.reshape(1) if array.ndim == 0 else array
     if array.ndim != 1 or not jnp.issubdtype(array.dtype, jnp.integer):
         raise ValueError(
-            f"{name} must be the number of a sequence, or several, i32[n]: {_is(array)}"
+            f"{name} must be the number of a sequence, or several, i32[n]: it is {shown(array)}."
         )
     return _as_i32(array)
 
@@ -114,11 +84,3 @@ def _as_i32(array: jax.Array | np.ndarray) -> jax.Array:
     info, numpy = jnp.iinfo(array.dtype), jnp if isinstance(array, jax.Array) else np
     low, high = max(int(info.min), -MOST_INT - 1), min(int(info.max), MOST_INT)
     return jnp.asarray(numpy.clip(array, low, high).astype(np.int32))  # type: ignore[arg-type]
-
-
-def _is(array: jax.Array | np.ndarray) -> str:
-    return f"it is {_kind(array)}."
-
-
-def _kind(array: jax.Array | np.ndarray) -> str:
-    return f"{array.dtype}{list(array.shape)}"

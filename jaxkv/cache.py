@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.experimental import checkify
 
 from jaxkv.allocator import NULL_PAGE
-from jaxkv.arguments import check_floats, counts, sequence_numbers
+from jaxkv.arguments import counts, sequence_numbers
 from jaxkv.arguments import mask as read_mask
 from jaxkv.attend import attend_stores
 from jaxkv.config import CacheConfig, Layer, LayerGroup, check_config
@@ -28,7 +28,7 @@ from jaxkv.static_means import static_means
 from jaxkv.step_order import Seen, attend_layer, check_complete
 from jaxkv.store import Committed, Fork, NewTokens, Store, create_store
 from pallas_kernels.backends import Backend
-from pallas_kernels.checks import positive_number
+from pallas_kernels.checks import check_floats, positive_number
 from pallas_kernels.segment import Queries
 from pallas_kernels.shapes import bind_dims
 

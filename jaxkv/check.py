@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from jaxkv.abstract_cache import abstract_cache
 from jaxkv.allocator import NULL_PAGE
-from jaxkv.arguments import shown
 from jaxkv.cache import KVCache
-from jaxkv.config import CacheConfig
 from jaxkv.spans import PageSpan
 from jaxkv.store import Store
+from pallas_kernels.checks import shown
 
 MOST_NAMED = 8  # broken things that a message names
 
@@ -49,13 +49,6 @@ def verify(cache: KVCache, *, finite: bool) -> None:
         raise ValueError(f"cache is broken: {named}.")
 
 
-@functools.lru_cache(maxsize=32)
-def abstract_cache(config: CacheConfig) -> KVCache:
-    """The shapes and dtypes of a cache of `config`; nothing is allocated."""
-    means = [jnp.zeros((spec.kv_heads, spec.head_dim)) for spec in config.layers]
-    return jax.eval_shape(lambda: KVCache.create(config, key_means=means))
-
-
 def array_name(path) -> str:
     """Name of an array of a cache: "stores.0.tables.ring"."""
     parts = (getattr(key, "name", getattr(key, "key", getattr(key, "idx", key))) for key in path)
@@ -64,7 +57,7 @@ def array_name(path) -> str:
 
 def _wrong_arrays(cache: KVCache) -> Iterator[str]:
     """Arrays that are not as the configuration says."""
-    wanted = jax.tree_util.tree_leaves_with_path(abstract_cache(cache.config.checked()))
+    wanted = jax.tree_util.tree_leaves_with_path(abstract_cache(cache.config))
     found = jax.tree_util.tree_leaves_with_path(cache)
     wanted, found = ({array_name(path): x for path, x in leaves} for leaves in (wanted, found))
     for name in sorted(wanted.keys() | found.keys()):
@@ -73,11 +66,7 @@ def _wrong_arrays(cache: KVCache) -> Iterator[str]:
         elif name not in wanted:
             yield f"{name} is no array of such a cache"
         elif (found[name].shape, found[name].dtype) != (wanted[name].shape, wanted[name].dtype):
-            yield f"{name} is {_kind(found[name])}, and must be {_kind(wanted[name])}"
-
-
-def _kind(x) -> str:
-    return f"{x.dtype}[{', '.join(map(str, x.shape))}]"
+            yield f"{name} is {shown(found[name])}, and must be {shown(wanted[name])}"
 
 
 def _wrong_counts(cache: KVCache) -> Iterator[str]:

@@ -11,11 +11,11 @@ import numpy as np
 from jax.core import Tracer
 from jax.experimental import checkify
 
-from jaxkv.arguments import MOST_INT, check_whole, shown
 from jaxkv.fill import PageFill, TokenFill
 from jaxkv.spans import PageSpan
 from jaxkv.spec import EXACT, LayerSpec
 from jaxkv.store import Fill, StoreSpec
+from pallas_kernels.checks import MOST_INT, shown, whole_number
 from pallas_kernels.codecs.presets import exact_codec
 from pallas_kernels.device import current_platform
 from pallas_kernels.layouts.choose import default_layout
@@ -89,15 +89,15 @@ class CacheConfig:
                 raise ValueError(f"layers must hold LayerSpecs, not {type(spec).__name__}.")
             spec.checked()
         for name in ("batch", "max_new_tokens", "page_size"):
-            check_whole(name, getattr(self, name), least=1)
+            whole_number(name, getattr(self, name), least=1)
         current_platform(self.platform)  # raises for an unknown one
         if self.max_tokens is None:
             if any(spec.window is None for spec in self.layers):
                 raise ValueError("max_tokens=None needs a window in every layer.")
         else:
-            check_whole("max_tokens", self.max_tokens, least=1)
+            whole_number("max_tokens", self.max_tokens, least=1)
         if self.pages is not None:
-            check_whole("pages", self.pages, least=2)  # the null page and one more
+            whole_number("pages", self.pages, least=2)  # the null page and one more
         if max(store.pages for store in self.stores) > MOST_INT:  # page ids are int32
             raise ValueError(
                 f"batch={self.batch}, max_tokens={self.max_tokens} need more than {MOST_INT} "
@@ -237,7 +237,7 @@ class CacheConfig:
             if len(layer) != 2:
                 raise ValueError(f"{layer=} must be a number or (group, index).")
             group, index = map(_as_int, layer)
-            check_whole("group of the layer", group, least=0)
+            whole_number("group of the layer", group, least=0)
             if group >= len(self.groups):
                 raise ValueError(f"{layer=}: the group must be below {len(self.groups)}.")
         elif isinstance(layer := _as_int(layer), jax.Array):
@@ -257,7 +257,7 @@ class CacheConfig:
                 (index >= 0) & (index < layers), "attend: layer {i} is out of range", i=index
             )
             return group, index.astype(jnp.int32)
-        check_whole("index of the layer", index, least=0)
+        whole_number("index of the layer", index, least=0)
         if index >= layers:
             raise ValueError(f"{layer=}: the index must be below {layers}.")
         return group, index

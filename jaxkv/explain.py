@@ -3,10 +3,7 @@
 import dataclasses
 import functools
 
-import jax
-import jax.numpy as jnp
-
-from jaxkv.cache import KVCache
+from jaxkv.abstract_cache import abstract_cache
 from jaxkv.config import CacheConfig, LayerGroup, check_config
 from jaxkv.fill import TokenFill
 from jaxkv.plan import plan
@@ -84,10 +81,9 @@ def explain(
       NotImplementedError: the named backend does not serve it.
     """
     check_config(config)
-    config = dataclasses.replace(config, platform=platform or config.platform).checked()
+    config = dataclasses.replace(config, platform=platform or config.platform)
     platform = config.platform
-    means = [jnp.zeros((spec.kv_heads, spec.head_dim)) for spec in config.layers]
-    abstract = jax.eval_shape(lambda: KVCache.create(config, key_means=means))
+    abstract = abstract_cache(config)
     serving = functools.partial(_serving, backend=backend, platform=platform)
     reports = []
     for group, size in zip(config.groups, plan(config).groups, strict=True):

@@ -6,9 +6,10 @@ from typing import Literal
 
 from jax.typing import DTypeLike
 
-from jaxkv.arguments import check_whole, float_name
+from jaxkv.arguments import float_name
 from jaxkv.codecs import KVCodec
 from jaxkv.spec import EXACT, LayerSpec
+from pallas_kernels.checks import whole_number
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,9 +52,9 @@ class Keep:
             than are to stay exact.
         """
         if self.window is not None:
-            check_whole("window", self.window, least=1)
+            whole_number("window", self.window, least=1)
         for name in ("sink_tokens", "keep_first", "keep_last"):
-            check_whole(name, getattr(self, name), least=0)
+            whole_number(name, getattr(self, name), least=0)
         windows = [_smaller(spec.window, self.window) for spec in layers]
         sink_tokens, keep_first, keep_last = self.sink_tokens, self.keep_first, self.keep_last
         has_sinks = sink_tokens or self.sink_positions != "original"

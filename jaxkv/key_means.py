@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxkv.arguments import check_whole, shown
 from jaxkv.cache import KVCache
 from jaxkv.config import CacheConfig
 from jaxkv.keep import Keep
 from jaxkv.model import Model
 from jaxkv.page_tables import look_up
+from pallas_kernels.checks import shown, whole_number
 
 
 def fit_key_means(model: Model, tokens: Sequence[int], *, chunk: int = 256) -> list[np.ndarray]:
@@ -36,7 +36,7 @@ def fit_key_means(model: Model, tokens: Sequence[int], *, chunk: int = 256) -> l
         raise ValueError(f"tokens must be a flat sequence of token ids, not {shown(tokens)}.")
     if len(tokens) < 2:
         raise ValueError(f"tokens has {len(tokens)}: at least 2 are needed.")
-    check_whole("chunk", chunk, least=1)
+    whole_number("chunk", chunk, least=1)
     specs = model.layer_specs(Keep())
     config = CacheConfig(layers=tuple(specs), batch=1, max_tokens=len(tokens), max_new_tokens=chunk)
     cache = KVCache.create(config)

@@ -4,10 +4,9 @@ import dataclasses
 import math
 
 import jax
-import jax.numpy as jnp
 
-from jaxkv.cache import KVCache
-from jaxkv.config import CacheConfig, check_config
+from jaxkv.abstract_cache import abstract_cache
+from jaxkv.config import CacheConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,9 +23,7 @@ def plan(config: CacheConfig) -> Plan:
     Raises:
       ValueError: the configuration is not valid.
     """
-    check_config(config)
-    means = [jnp.zeros((spec.kv_heads, spec.head_dim)) for spec in config.layers]
-    abstract = jax.eval_shape(lambda: KVCache.create(config, key_means=means))
+    abstract = abstract_cache(config)
     of_group = lambda group: _bytes([abstract.stores[number] for number in group.stores])
     return Plan(groups=tuple(map(of_group, abstract.config.groups)), total=_bytes(abstract))
 

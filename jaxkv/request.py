@@ -8,13 +8,13 @@ from typing import Any, TypeVar
 import jax.numpy as jnp
 import numpy as np
 
-from jaxkv.arguments import MOST_INT, check_whole
 from jaxkv.draw import rules_of
 from jaxkv.keep import Keep
 from jaxkv.model import Model
 from jaxkv.sampling import Sampling
 from jaxkv.steps import NO_TOKEN, Requests
 from jaxkv.stop_text import StopText
+from pallas_kernels.checks import MOST_INT, whole_number
 
 SEEDS = 2**32  # seeds are u32
 STOP_STEP = 8  # lists of stop tokens are padded to multiples of this, so that few lengths compile
@@ -56,7 +56,7 @@ def read_requests(
     requests = [
         Request(
             prompt=prompt,
-            max_tokens=check_whole("max_tokens", most, least=1),
+            max_tokens=whole_number("max_tokens", most, least=1),
             sampling=_checked_sampling(rules, model.vocab_size),
             seed=own_seed,
             stop_ids=_checked_stop_ids(stops),

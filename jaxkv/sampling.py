@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import jax
 
-from jaxkv.arguments import check_whole
+from pallas_kernels.checks import whole_number
 
 # (logits f32[batch, vocab], tokens so far i32[batch, tokens], -1 behind the last) -> logits
 LogitsHook = Callable[[jax.Array, jax.Array], jax.Array]
@@ -58,7 +58,7 @@ class Sampling:
         if self.temperature is not None:
             _check_number("temperature", self.temperature, least=0)
         if self.top_k is not None:
-            check_whole("top_k", self.top_k, least=1)
+            whole_number("top_k", self.top_k, least=1)
         if self.top_p is not None:
             _check_number("top_p", self.top_p, above=0, most=1)
         if self.min_p is not None:
@@ -66,9 +66,9 @@ class Sampling:
         _check_number("repetition_penalty", self.repetition_penalty, above=0)
         _check_number("presence_penalty", self.presence_penalty)
         _check_number("frequency_penalty", self.frequency_penalty)
-        check_whole("min_tokens", self.min_tokens, least=0)
+        whole_number("min_tokens", self.min_tokens, least=0)
         if self.logprobs is not None:
-            check_whole("logprobs", self.logprobs, least=0)
+            whole_number("logprobs", self.logprobs, least=0)
         if not isinstance(self.prompt_logprobs, bool):
             raise ValueError(f"prompt_logprobs={self.prompt_logprobs!r} must be True or False.")
         if self.hook is not None and not callable(self.hook):

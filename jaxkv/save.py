@@ -16,11 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxkv import codecs
-from jaxkv.arguments import shown
+from jaxkv.abstract_cache import abstract_cache
 from jaxkv.cache import KVCache
-from jaxkv.check import abstract_cache, array_name, verify
+from jaxkv.check import array_name, verify
 from jaxkv.config import CacheConfig
 from jaxkv.spec import LayerSpec
+from pallas_kernels.checks import shown
 from pallas_kernels.device import current_platform
 
 FORMAT = "jaxkv cache 1"  # another number when the arrays or their meaning change
@@ -139,7 +140,7 @@ def _read_config(about: dict[str, str], path: Any) -> KVCache:
         config = _from_json(json.loads(about.get("config", "")))
         if not isinstance(config, CacheConfig):
             raise ValueError("it is no CacheConfig")
-        abstract = abstract_cache(config.checked())
+        abstract = abstract_cache(config)
     except Exception as error:  # whatever a file's values make codecs and layouts raise
         raise _refused(path, f"its configuration can't be read: {error}") from None
     for name, here in _about(config).items():

@@ -5,10 +5,10 @@ from collections.abc import Iterator, Sequence
 
 import jax
 
-from jaxkv.arguments import check_whole
 from jaxkv.config import CacheConfig
 from jaxkv.keep import Keep
 from jaxkv.model import Model
+from pallas_kernels.checks import whole_number
 from pallas_kernels.shapes import cdiv
 
 # Compiled programs depend on the shapes of tables and pools. Up to this many tokens they have the
@@ -44,9 +44,9 @@ class Sizes:
         for name in ("page_size", "chunk", "block"):
             value = getattr(self, name)
             if value is not None:
-                check_whole(name, value, least=1)
+                whole_number(name, value, least=1)
         if self.pages is not None:
-            check_whole("pages", self.pages, least=2)  # the null page and one more
+            whole_number("pages", self.pages, least=2)  # the null page and one more
         return self
 
 

@@ -5,7 +5,8 @@ from typing import Literal
 
 from jax.typing import DTypeLike
 
-from jaxkv.arguments import MOST_INT, check_whole, float_name, shown
+from jaxkv.arguments import float_name
+from pallas_kernels.checks import MOST_INT, shown, whole_number
 from pallas_kernels.codecs.codec import KVCodec
 from pallas_kernels.codecs.presets import get_codec
 
@@ -46,10 +47,10 @@ class LayerSpec:
     def checked(self) -> "LayerSpec":
         """Returns itself; raises ValueError for a value that makes no sense."""
         for name in ("kv_heads", "head_dim"):
-            check_whole(name, getattr(self, name), least=1)
+            whole_number(name, getattr(self, name), least=1)
         if self.window is not None:
-            check_whole("window", self.window, least=1)
-        check_whole("sink_tokens", self.sink_tokens, least=0)
+            whole_number("window", self.window, least=1, hint=", or None for all tokens")
+        whole_number("sink_tokens", self.sink_tokens, least=0)
         if self.window is not None and self.window + self.sink_tokens > MOST_INT:
             raise ValueError(
                 f"window={self.window} and sink_tokens={self.sink_tokens} must be below 2**31 "

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxkv.arguments import shown
 from jaxkv.config import CacheConfig, LayerGroup
+from pallas_kernels.checks import shown
 
 
 def static_means(

@@ -47,26 +47,25 @@ class StopText:
         longest = max(len(string) for string in self.strings)
         searched = max(len(tokens) - new, least - 1)
         begin = max(0, searched - TOKENS_PER_CHARACTER * longest - MARGIN)
-        passed = self.decode(tokens[begin:searched])
-        if searched >= len(tokens) or self._place(tokens[begin:], passed) is None:
+        passed = self._length(tokens[begin:searched])
+        ends = lambda stop: self._place(self.decode(tokens[begin:stop]), passed) is not None
+        if searched >= len(tokens) or not ends(len(tokens)):
             return None
-        for stop in range(searched + 1, len(tokens)):
-            if self._place(tokens[begin:stop], passed) is not None:
-                return stop
-        return len(tokens)
+        return next(stop for stop in range(searched + 1, len(tokens) + 1) if ends(stop))
 
     def text(self, tokens: list[int], least: int = 0) -> str:
         """The answer's text, up to the string that ends it."""
-        passed = self.decode(tokens[: max(0, least - 1)])
-        return self.decode(tokens)[: self._place(tokens, passed)]
+        return self.cut(self.decode(tokens), self._length(tokens[: max(0, least - 1)]))
 
-    def _place(self, tokens: list[int], passed: str) -> int | None:
-        """Where the first string begins that is not among those that `passed` has already."""
-        text = self.decode(tokens)
-        places = []
-        for string in self.strings:
-            place = text.find(string)
-            for _ in range(passed.count(string)):
-                place = text.find(string, place + len(string)) if place >= 0 else place
-            places.append(place)
-        return min((place for place in places if place >= 0), default=None)
+    def cut(self, text: str, passed: int = 0) -> str:
+        """The text before the first string that ends behind the first `passed` characters."""
+        return text[: self._place(text, passed)]
+
+    def _length(self, tokens: list[int]) -> int:
+        """Characters of the tokens' text that further tokens don't change."""
+        return len(self.decode(tokens).rstrip("\ufffd"))  # half a character, when decoded
+
+    def _place(self, text: str, passed: int) -> int | None:
+        """Where the first string begins that ends behind the first `passed` characters."""
+        starts = (text.find(s, max(0, passed - len(s) + 1)) for s in self.strings)
+        return min((start for start in starts if start >= 0), default=None)

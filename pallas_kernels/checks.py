@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-MOST = 2**31 - 1  # positions and page ids are int32
+MOST_INT = 2**31 - 1  # counts, positions and ids of tokens and pages are int32
 
 
 def check_types(**values: tuple[Any, type]) -> None:
@@ -25,9 +25,13 @@ def check_types(**values: tuple[Any, type]) -> None:
 
 
 def check_floats(**arrays) -> None:
-    """Raises ValueError unless each array, or None, holds real floats."""
+    """Raises ValueError unless each is an array of real floats; None, for one left out, passes."""
     for name, array in arrays.items():
-        if array is not None and not jnp.issubdtype(array.dtype, jnp.floating):
+        if array is None:
+            continue
+        if not hasattr(array, "dtype"):
+            raise ValueError(f"{name} must be an array, not {shown(array)}.")
+        if not jnp.issubdtype(array.dtype, jnp.floating):
             raise ValueError(f"{name}.dtype={array.dtype} must be a float type.")
 
 
@@ -53,7 +57,7 @@ def check_filled(sizes: dict[str, int]) -> None:
             raise ValueError(f"{axis}={size} must be at least 1.")
 
 
-def whole_number(name: str, value, *, least: int, most: int = MOST, hint: str = "") -> int:
+def whole_number(name: str, value, *, least: int, most: int = MOST_INT, hint: str = "") -> int:
     """`value` as an int; raises ValueError unless it is one, and within the bounds.
 
     `hint` says after the lower bound what else is allowed.
@@ -63,13 +67,24 @@ def whole_number(name: str, value, *, least: int, most: int = MOST, hint: str = 
     try:
         whole = operator.index(value)
     except TypeError:
-        raise ValueError(f"{name}={value!r} must be a whole number.") from None
+        raise ValueError(f"{name}={shown(value)} must be a whole number.") from None
     if whole < least:
         rule = "must not be negative" if least == 0 else f"must be at least {least}"
-        raise ValueError(f"{name}={whole} {rule}{hint}.")
+        raise ValueError(f"{name}={shown(whole)} {rule}{hint}.")
     if whole > most:
-        raise ValueError(f"{name}={whole} must be at most {most}.")
+        raise ValueError(f"{name}={shown(whole)} must be at most {most}.")
     return whole
+
+
+def shown(value: object) -> str:
+    """A value in a message: arrays by dtype and shape, others shortened to a few words."""
+    if isinstance(value, jax.Array | np.ndarray | jax.ShapeDtypeStruct):
+        return f"{value.dtype}{list(value.shape)}"
+    try:
+        text = repr(value).replace("\n", " ")
+    except ValueError:  # Python writes no integers of thousands of digits
+        text = f"a {type(value).__name__} too long to be written"
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def positive_number(name: str, value) -> float:

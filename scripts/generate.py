@@ -12,7 +12,6 @@ import numpy as np
 import tyro
 from rich.console import Console
 from rich.progress import Progress
-from rich.status import Status
 from rich.table import Table
 
 import jaxkv
@@ -22,6 +21,7 @@ from models.text.harmony import HarmonyStream, answer_stream
 from scripts.shared.command import print_json, run_command
 from scripts.shared.keep import KeepOptions
 from scripts.shared.options import check_least
+from scripts.shared.screen import IdStream, Screen
 from scripts.shared.tables import make_table
 
 Texts = Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="TEXT")]
@@ -107,18 +107,6 @@ class Asked:
     streams: list[Any]
     stop_ids: Sequence[int]
     stop_text: jaxkv.StopText | None
-
-
-class IdStream:
-    """Shows tokens by their ids: random weights have no tokenizer."""
-
-    def push(self, tokens: Sequence[int]) -> str:
-        """Takes the next ids; returns them as text."""
-        return "".join(f"{token} " for token in tokens)
-
-    def flush(self) -> str:
-        """Nothing is held back."""
-        return ""
 
 
 def check_prompt_options(args: Args) -> None:
@@ -274,73 +262,10 @@ def ask(args: Args, log: Console) -> Asked:
     return ask_checkpoint(args, variables, log)
 
 
-class Screen:
-    """Shows one prompt's answer as it comes, of several only how far the first has come."""
-
-    def __init__(self, streams: Sequence[Any], args: Args, status: Status):
-        self.streams, self.status = streams, status
-        self.stops, self.min_tokens = args.stop, args.min_tokens
-        self.alone = len(streams) == 1
-        self.texts = [""] * len(streams)
-        self.tokens = [0] * len(streams)
-        self.passed = [0] * len(streams)  # characters before min_tokens: no string stops there
-        self.shown = 0  # characters of the only answer that are on the screen
-
-    def prefilled(self, done: int, of: int) -> None:
-        """Prompt tokens are in the cache."""
-        self.status.update(f"prefill {done}/{of} tokens")
-
-    def show(self, new: list[list[int]]) -> None:
-        """Every prompt's next tokens are there."""
-        for number, tokens in enumerate(new):
-            for token in tokens:
-                self.texts[number] += self.streams[number].push([token])
-                self.tokens[number] += 1
-                if self.tokens[number] < self.min_tokens:
-                    self.passed[number] = len(self.texts[number])
-        if self.alone:
-            self.status.stop()
-            # The end of the text may be the beginning of a string that stops.
-            held = max((len(stop) - 1 for stop in self.stops), default=0)
-            self._print(len(self.texts[0]) - held)
-        else:
-            text = self.texts[0]
-            self.status.update(f"prompt 0, {len(text)} characters: …{text[-60:]!r}")
-
-    def _print(self, stop: int) -> None:
-        """Shows the only answer up to character `stop`."""
-        text = before_stop(self.texts[0], self.stops, self.passed[0])
-        print(text[self.shown : stop], end="", flush=True)
-        self.shown = max(self.shown, stop)
-
-    def finish(self, texts: Sequence[str]) -> list[str]:
-        """Prints the rest, several answers below their prompts; returns the answers."""
-        self.texts = [
-            text + stream.flush() for text, stream in zip(self.texts, self.streams, strict=True)
-        ]
-        outputs = [
-            before_stop(text, self.stops, passed)
-            for text, passed in zip(self.texts, self.passed, strict=True)
-        ]
-        if self.alone:
-            self._print(len(self.texts[0]))
-            print()
-        else:
-            for number, (text, output) in enumerate(zip(texts, outputs, strict=True)):
-                print(f"--- {number}: {text[:60]!r} ---\n{output}")
-        return outputs
-
-
-def before_stop(text: str, stops: Sequence[str], passed: int) -> str:
-    """The text before the first of `stops` that ends after the first `passed` characters."""
-    places = (text.find(stop, max(0, passed - len(stop) + 1)) for stop in stops)
-    return text[: min((place for place in places if place >= 0), default=len(text))]
-
-
 def run(args: Args, asked: Asked, log: Console) -> tuple[jaxkv.Generation, list[str]]:
     """Generates and streams; returns the generation and the answers as text."""
     with log.status("compiling (kept for the next start)") as status:
-        screen = Screen(asked.streams, args, status)
+        screen = Screen(asked.streams, asked.stop_text, args.min_tokens, status)
         stream = jaxkv.stream(
             asked.model,
             asked.prompts,

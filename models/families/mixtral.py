@@ -2,6 +2,7 @@
 
 from models.config import DecoderConfig
 from models.experts import ExpertsConfig
+from models.families import mistral
 from models.families.hf_config import (
     build_config,
     expert_counts,
@@ -12,16 +13,9 @@ from models.families.hf_config import (
 
 THETA = 1_000_000.0
 # transformers' defaults, for keys that a file leaves out.
-DEFAULTS = {
-    "vocab_size": 32_000,
-    "hidden_size": 4096,
-    "intermediate_size": 14_336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 131_072,
+DEFAULTS = mistral.DEFAULTS | {
+    "sliding_window": None,
     "rms_norm_eps": 1e-5,
-    "eos_token_id": 2,
     "num_experts_per_tok": 2,
 }
 

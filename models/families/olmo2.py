@@ -2,19 +2,11 @@
 
 from models.config import DecoderConfig
 from models.errors import CheckpointError
+from models.families import llama
 from models.families.hf_config import build_config, flag, uniform_windows
 
 # transformers' defaults, for keys that a file leaves out.
-DEFAULTS = {
-    "vocab_size": 50_304,
-    "hidden_size": 4096,
-    "intermediate_size": 11_008,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "max_position_embeddings": 2048,
-    "rms_norm_eps": 1e-5,
-    "eos_token_id": 50_279,
-}
+DEFAULTS = llama.DEFAULTS | {"vocab_size": 50_304, "rms_norm_eps": 1e-5, "eos_token_id": 50_279}
 
 
 def decoder_config(hf: dict) -> DecoderConfig:

@@ -1,6 +1,7 @@
 """Qwen3 (arXiv:2505.09388): a Llama with an RMS norm on every query and key head."""
 
 from models.config import DecoderConfig
+from models.families import qwen2
 from models.families.hf_config import (
     OUTPUT_BIAS,
     build_config,
@@ -10,19 +11,7 @@ from models.families.hf_config import (
 )
 
 # transformers' defaults, for keys that a file leaves out.
-DEFAULTS = {
-    "vocab_size": 151_936,
-    "hidden_size": 4096,
-    "intermediate_size": 22_016,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 32,
-    "head_dim": 128,
-    "max_position_embeddings": 32_768,
-    "rms_norm_eps": 1e-6,
-    "sliding_window": 4096,
-    "max_window_layers": 28,
-}
+DEFAULTS = qwen2.DEFAULTS | {"head_dim": 128}
 
 
 def decoder_config(hf: dict) -> DecoderConfig:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 import jaxkv
+from jaxkv.abstract_cache import abstract_cache
 from pallas_kernels.pages import Pages
 from pallas_kernels.quantize_pages.xla import quantize_page
 from scripts.bench.problems import EXACT_DTYPE, Sizes, chunk_pages
@@ -119,7 +120,7 @@ def random_cache(config: jaxkv.CacheConfig, context: int) -> jaxkv.KVCache:
 def stored_bytes(config: jaxkv.CacheConfig, context: int) -> int:
     """Bytes of the pages that hold `context` tokens of every sequence, exact ones beside codes
     left out."""
-    cache = jax.eval_shape(lambda: jaxkv.KVCache.create(config))
+    cache = abstract_cache(config)
     body = [cache.stores[group.stores[-1]] for group in cache.config.groups]
     pages = config.batch * math.ceil(context / config.page_size)
     return sum(pages * store.page_bytes for store in body)

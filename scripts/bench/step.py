@@ -18,6 +18,7 @@ from rich.console import Console
 
 import jaxkv
 import models
+from jaxkv.abstract_cache import abstract_cache
 from jaxkv.codecs import get_codec
 from jaxkv.draw import rules_of
 from jaxkv.steps import NO_TOKEN, Requests, decode_block, start
@@ -141,7 +142,7 @@ def compile_all(args: Args, model, configs: dict) -> dict:
 
     def lower(config: jaxkv.CacheConfig):
         requests = greedy(config.batch, args.context + 1)
-        cache = jax.eval_shape(lambda: jaxkv.KVCache.create(config))
+        cache = abstract_cache(config)
         tokens = jax.ShapeDtypeStruct((config.batch, config.max_tokens), jnp.int32)
         state = jax.eval_shape(start, cache, tokens, requests)
         ended, steps = one_block(args, config.batch)

@@ -21,8 +21,8 @@ def make_config(*layers, **options):
 BAD_LAYERS = [
     (dict(kv_heads=0), "kv_heads=0 must be at least 1."),
     (dict(head_dim=-3), "head_dim=-3 must be at least 1."),
-    (dict(window=0), "window=0 must be at least 1."),
-    (dict(sink_tokens=-1), "sink_tokens=-1 must be at least 0."),
+    (dict(window=0), "window=0 must be at least 1, or None for all tokens."),
+    (dict(sink_tokens=-1), "sink_tokens=-1 must not be negative."),
     (dict(sink_positions="absolute"), "sink_positions='absolute': 'original' or 'cache'."),
     (
         dict(window=None, sink_positions="cache"),

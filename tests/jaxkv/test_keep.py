@@ -43,7 +43,7 @@ def test_first_and_last_layers_stay_exact(first, last, coded):
         ((FULL,), dict(sink_tokens=4), "sink_tokens=4 needs a window, and no layer has one"),
         ((FULL,), dict(sink_positions="cache"), "sink_tokens=0 needs a window"),
         (LAYERS, dict(keep_first=2, keep_last=2), "keep_first=2, keep_last=2 must name some of 3"),
-        (LAYERS, dict(keep_first=-1), "keep_first=-1 must be at least 0"),
+        (LAYERS, dict(keep_first=-1), "keep_first=-1 must not be negative"),
     ],
 )
 def test_layers_that_cannot_be_kept_so_are_refused(layers, keep, message):

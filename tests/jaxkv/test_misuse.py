@@ -138,7 +138,7 @@ def test_static_mistakes_are_one_line(call, message):
      ("kv_heads", 0), ("head_dim", 2.0), ("sink_tokens", -1)],
 )  # fmt: skip
 def test_bad_layers_are_named(field, value):
-    with pytest.raises(ValueError, match=f"{field}=.* must be"):
+    with pytest.raises(ValueError, match=f"{field}=.* must"):
         dataclasses.replace(WINDOW, **{field: value}).checked()
 
 

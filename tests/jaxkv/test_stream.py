@@ -128,6 +128,27 @@ def test_a_string_is_passed_over_before_min_tokens():
 
 
 @pytest.mark.parametrize(
+    "strings, passed, want",
+    [(["b"], 0, "a"), (["c", "ab"], 0, ""), (["b"], 2, "abca"), (["bc"], 2, "a"),
+     (["x"], 0, "abcab")],
+)  # fmt: skip
+def test_a_text_is_cut_before_the_first_string_that_ends_behind_what_is_passed(
+    strings, passed, want
+):
+    assert StopText(strings, spell).cut("abcab", passed) == want
+
+
+def test_a_string_whose_character_takes_several_tokens_is_found():
+    decode = lambda tokens: bytes(tokens).decode(errors="replace")
+    tokens = list("ab😀c".encode())
+    text = StopText(["😀"], decode)
+    for new in range(1, len(tokens) + 1):  # wherever the block began
+        assert text.find(tokens[:6], min(new, 6)) == 6
+    assert text.text(tokens[:6]) == "ab"
+    assert text.find(tokens[:5], 5) is None
+
+
+@pytest.mark.parametrize(
     "strings, decode, message",
     [("abc", spell, "must have a list"), ([], spell, "has no strings"), ([""], spell, "has ''"),
      ([b"x"], spell, "has b'x'"), (["x"], None, "decode=None must be a function")],
@@ -191,7 +212,7 @@ def test_min_tokens_penalties_and_hooks_reach_the_loop(model, greedy):
         (np.ones((1, 2), np.float32), {}, "prompt 0 has float 1.0"),
         ([[True]], {}, "prompt 0 has bool True"),
         ([[1, -1]], {}, "prompt 0 has token -1, and vocab_size=40"),
-        ([[1]], dict(max_tokens=2**31), "max_tokens=2147483648 must be below"),
+        ([[1]], dict(max_tokens=2**31), "max_tokens=2147483648 must be at most"),
         ([[1]], dict(max_tokens=True), "max_tokens=True must be"),
         ([[1]], dict(max_tokens=1.5), "max_tokens=1.5 must be"),
         ([[1]], dict(max_tokens=[1, 2]), "max_tokens has 2 entries and must have one per prompt"),

@@ -178,11 +178,3 @@ def test_text_that_stops_is_not_shown_whatever_tokens_it_spans(folder):
     assert result["text"][0] == text[: text.index(stop)]
     assert f"{result['text'][0]}\nprefill " in done.stderr
     assert result["stop_reason"] == ["stop"]
-
-
-@pytest.mark.parametrize("stops, passed, want", [
-    (["b"], 0, "a"), (["c", "ab"], 0, ""), (["b"], 2, "abca"), (["bc"], 2, "a"),
-    (["x"], 0, "abcab"),
-])  # fmt: skip
-def test_an_answer_is_cut_before_the_first_string_after_min_tokens(stops, passed, want):
-    assert generate.before_stop("abcab", stops, passed) == want
