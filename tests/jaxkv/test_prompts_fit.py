@@ -150,9 +150,10 @@ def test_generation_says_so_before_it_allocates_or_compiles(monkeypatch):
     monkeypatch.setattr(KVCache, "create", fails)
     monkeypatch.setattr(importlib.import_module("jaxkv.stream"), "prefill_chunk", fails)
     monkeypatch.setattr(importlib.import_module("jaxkv.filled_cache"), "_free", fails)
-    with pytest.raises(ValueError, match="do not fit pools of .2. pages"):
+    with pytest.raises(ValueError, match="do not fit pools of .2, 2. pages"):
         jaxkv.stream(model, [[1] * 40], sizes=Sizes(page_size=8, pages=3))
-    with pytest.raises(ValueError, match="do not fit pools of .8. pages"):
+    with pytest.raises(ValueError, match="do not fit pools of .8, 8. pages"):
         jaxkv.stream(model, [first.tokens[0] * 30], cache=first.cache)
-    with pytest.raises(AssertionError, match="allocated"):
-        jaxkv.stream(model, [[1] * 40], sizes=Sizes(page_size=8, pages=3), keep=Keep(window=8))
+    with pytest.raises(AssertionError, match="allocated"):  # a window gives pages back in time
+        narrow = Sizes(page_size=8, pages=4, chunk=8)
+        jaxkv.stream(model, [[1] * 40], sizes=narrow, keep=Keep(window=8))
