@@ -7,11 +7,15 @@ Lengths may be NumPy arrays, too: then the host computes.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
+import numpy as np
 
 from pallas_kernels.rule import Rule
 from pallas_kernels.shapes import cdiv, larger, smaller
+
+Lengths = jax.Array | np.ndarray  # integers; results are of the same kind
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,13 +39,13 @@ class PageSpan:
         """Whether pages fall behind as a sequence grows."""
         return self.rule.most_pages(1, self.page_size) is not None
 
-    def first_page(self, lengths: jax.Array) -> jax.Array:
+    def first_page(self, lengths: Lengths) -> Any:
         """Oldest page of the run that a query at position `lengths` or later reads here."""
         first = self.first + 0 * lengths
         seen = self.rule.first_page(lengths, self.page_size)
         return first if seen is None else larger(first, seen)
 
-    def stop_page(self, lengths: jax.Array) -> jax.Array:
+    def stop_page(self, lengths: Lengths) -> Any:
         """One past the newest page of this store once `lengths` tokens are committed."""
         if self.complete:
             lag = self.rule.lag

@@ -40,11 +40,11 @@ def cdiv(a, b):
     return -(-a // b)
 
 
-def larger(x, y):
+def larger(x, y) -> Any:
     """Elementwise maximum, by NumPy where `x` is its array, on the host, and else by JAX."""
     return np.maximum(x, y) if isinstance(x, np.ndarray) else jnp.maximum(x, y)
 
 
-def smaller(x, y):
+def smaller(x, y) -> Any:
     """Elementwise minimum, by NumPy where `x` is its array, on the host, and else by JAX."""
     return np.minimum(x, y) if isinstance(x, np.ndarray) else jnp.minimum(x, y)
